@@ -1,0 +1,55 @@
+# Everything runs in .venv, which any target makes first. PYTHON chooses the interpreter (3.11+).
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python -m
+RUFF_FLAGS := --line-length 100
+RUFF_RULES := --extend-select I,B,UP,RUF
+CODE := glmjax experiments tests
+# The newest interpreter that runs; pyenv's are named in full, since its shims want a choice first.
+LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 \
+	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python 2>/dev/null | sort -rV); do \
+	$$p -c '' 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install train test test-slow test-latest lint types format bench clean
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 14
+
+install: $(VENV)/installed  ## Make .venv with glmjax and all it needs
+
+$(VENV)/installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable '.[test]'
+	@touch $@
+
+train: install  ## Train a small GLM on text that every machine has (about 3 minutes on 2 cores)
+	$(RUN) glmjax train experiments/quickstart.py
+
+test: install  ## Run the tests (under 10 minutes on 2 cores)
+	$(RUN) pytest -q -m "not slow"
+
+test-slow: install  ## Run the tests that take long, such as the kill test
+	$(RUN) pytest -q -m slow
+
+test-latest:  ## Run the tests on the newest Python at hand, with the newest jax
+	@test -n "$(LATEST_PYTHON)" || { echo "no Python 3.12 or newer found; set LATEST_PYTHON"; exit 1; }
+	$(MAKE) test PYTHON=$(LATEST_PYTHON) VENV=.venv-latest
+
+lint: install  ## Check style
+	$(RUN) ruff check $(RUFF_FLAGS) $(RUFF_RULES) $(CODE)
+	$(RUN) ruff format $(RUFF_FLAGS) --check $(CODE)
+
+types: install  ## Check types
+	$(RUN) mypy
+
+format: install  ## Rewrite the code in the project's style
+	$(RUN) ruff check $(RUFF_FLAGS) $(RUFF_RULES) --fix $(CODE)
+	$(RUN) ruff format $(RUFF_FLAGS) $(CODE)
+
+bench: install  ## Measure the input pipeline and the training step
+	$(RUN) glmjax bench data
+	$(RUN) glmjax bench train
+
+clean:  ## Remove environments, caches and runs
+	rm -rf .venv .venv-latest .mypy_cache .ruff_cache .pytest_cache *.egg-info runs

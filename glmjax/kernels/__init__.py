@@ -1,0 +1,1 @@
+"""Operations on arrays; one folder each, `reference.py` is the meaning."""

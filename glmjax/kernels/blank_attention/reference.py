@@ -1,0 +1,37 @@
+"""The meaning of blank attention: dense scores, float32 softmax.
+
+    out[q] = sum_k softmax_k(query[q] . key[k] / sqrt(K)) value[k]   over k_start[q] <= k < k_end[q]
+
+A query that sees no key gives zeros and a zero gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from glmjax.kernels.blank_attention.dropout import keep_scale
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    dropout_key: jax.Array | None = None,
+    dropout: float = 0.0,
+) -> jax.Array:
+    """Attention output [B, T, H, K] in the type of v; holds a B x H x T x S array."""
+    scores_BHTS = jnp.einsum(
+        "bthk,bshk->bhts", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
+    ) * (q_BTHK.shape[-1] ** -0.5)
+    key_S = jnp.arange(k_BSHK.shape[1])
+    visible_BTS = (k_start_BT[..., None] <= key_S) & (key_S < k_end_BT[..., None])
+    visible_BHTS = visible_BTS[:, None]
+    weights_BHTS = jax.nn.softmax(jnp.where(visible_BHTS, scores_BHTS, -1e30), axis=-1)
+    weights_BHTS = jnp.where(visible_BHTS, weights_BHTS, 0)
+    if dropout_key is not None:
+        weights_BHTS *= keep_scale(dropout_key, weights_BHTS.shape, dropout)
+    return jnp.einsum(
+        "bhts,bshk->bthk", weights_BHTS.astype(v_BSHK.dtype), v_BSHK,
+        preferred_element_type=jnp.float32,
+    ).astype(v_BSHK.dtype)  # fmt: skip

@@ -1,0 +1,233 @@
+"""The transformer of GLM, GLM-130B and ChatGLM-6B, as functions of its parameters.
+
+Dimensions in names: B batch, T query length, S key length, D model width, H heads, K head size,
+F feed-forward width, V vocabulary, N layers.
+
+    pre-norm (GLM)                      DeepNorm (GLM-130B, ChatGLM-6B), alpha = sqrt(2 N)
+    u = x + attention(LN(x))            a = LN(x)    u = alpha a + attention(a)
+    y = u + ffn(LN(u))                  m = LN(u)    y = alpha m + ffn(m)
+
+Both end in a layer norm. GLM-130B and ChatGLM-6B also divide the scores of layer i by i + 1 and
+multiply them again in the softmax; that guards float16 and cancels, so it is left out.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from glmjax.config import GLMConfig
+from glmjax.model import attention
+from glmjax.model.attention import BlankMask, KVCache
+from glmjax.model.layers import dropout, layer_norm, linear, rotary, rotate, scale_gradient
+from glmjax.model.params import Block, Params
+from glmjax.sharding import constrain
+
+# Queries, keys and values [B, T, H, K] to the attention output and whatever it keeps.
+Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+
+
+def forward(
+    config: GLMConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_B2T: jax.Array,
+    mask: BlankMask,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Logits [B, T, V] in float32. Row 0 of positions is the position, row 1 the block position.
+
+    Dropout is on when a key is given. Training does not call this: its loss takes the output of
+    `encode`, so that no B x T x V array exists.
+    """
+    return logits(
+        config, params, encode(config, params, tokens_BT, positions_B2T, mask, dropout_key)
+    )
+
+
+def logits(config: GLMConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
+    """Scores of every word [B, T, V] in float32 for outputs of `encode`."""
+    table_VD = output_table(config, params).astype(x_BTD.dtype)
+    return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+
+
+def output_table(config: GLMConfig, params: Params) -> jax.Array:
+    """The matrix [V, D] of the output layer."""
+    table_VD = params.word_embedding if config.tied_embeddings else params.output_embedding
+    return scale_gradient(table_VD, config.embedding_gradient_scale)
+
+
+def encode(
+    config: GLMConfig,
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_B2T: jax.Array,
+    mask: BlankMask,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """Hidden states [B, T, D] after the final norm, in the type of the configuration."""
+    embedding_key, blocks_key = (
+        jax.random.split(dropout_key) if dropout_key is not None else (None, None)
+    )
+    x_BTD = embed(config, params, tokens_BT, positions_B2T)
+    x_BTD = dropout(x_BTD, embedding_key, config.embedding_dropout)
+    angles = rotary(config, positions_B2T)
+
+    def layer(x_BTD: jax.Array, inputs: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
+        params_n, n = inputs
+        keys = (None,) * 3
+        if blocks_key is not None:
+            keys = tuple(jax.random.split(jax.random.fold_in(blocks_key, n), 3))
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            return attention.attend(config, q, k, v, mask, keys[0]), None
+
+        x_BTD, _ = block(config, params_n, x_BTD, angles, attend, keys[1], keys[2])
+        return x_BTD, None
+
+    x_BTD, _ = jax.lax.scan(
+        _remat(config, layer), x_BTD, (params.blocks, jnp.arange(config.num_layers))
+    )
+    return layer_norm(params.final_norm, x_BTD, config.layer_norm_epsilon)
+
+
+def embed(
+    config: GLMConfig, params: Params, tokens_BT: jax.Array, positions_B2T: jax.Array
+) -> jax.Array:
+    """Word embeddings [B, T, D], plus the two learned position tables where the model has them."""
+    table_VD = scale_gradient(params.word_embedding, config.embedding_gradient_scale)
+    x_BTD = constrain(table_VD, "vocab", "stream")[tokens_BT]
+    if config.positions == "learned_2d":
+        tables = params.position_embedding, params.block_position_embedding
+        for row, table_PD in enumerate(tables):
+            x_BTD += constrain(table_PD, "position", "stream")[positions_B2T[:, row]]
+    return constrain(x_BTD.astype(config.dtype), "batch", "length", "stream")
+
+
+def block(
+    config: GLMConfig,
+    params: Block,
+    x_BTD: jax.Array,
+    angles: tuple[jax.Array, jax.Array] | None,
+    attend: Attend,
+    attention_key: jax.Array | None = None,
+    ffn_key: jax.Array | None = None,
+) -> tuple[jax.Array, Any]:
+    """One block; `attend` decides over which keys, and what it keeps is handed back."""
+    a_BTD = layer_norm(params.attention_norm, x_BTD, config.layer_norm_epsilon)
+    q_BTHK, k_BTHK, v_BTHK = jnp.moveaxis(linear("btd,dchk->btchk", params.qkv, a_BTD), 2, 0)
+    if angles is not None:
+        q_BTHK, k_BTHK = rotate(q_BTHK, *angles), rotate(k_BTHK, *angles)
+    o_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK)
+    o_BTD = dropout(
+        linear("bthk,hkd->btd", params.attention_out, o_BTHK), attention_key, config.hidden_dropout
+    )
+    residual_BTD = x_BTD if config.norm == "pre" else config.residual_scale * a_BTD
+    u_BTD = constrain(residual_BTD + o_BTD, "batch", "length", "stream")
+
+    m_BTD = layer_norm(params.ffn_norm, u_BTD, config.layer_norm_epsilon)
+    f_BTD = dropout(feed_forward(config, params, m_BTD), ffn_key, config.hidden_dropout)
+    residual_BTD = u_BTD if config.norm == "pre" else config.residual_scale * m_BTD
+    return constrain(residual_BTD + f_BTD, "batch", "length", "stream"), kept
+
+
+def feed_forward(config: GLMConfig, params: Block, m_BTD: jax.Array) -> jax.Array:
+    """ffn_out(gelu(ffn_in m)), or ffn_out(value * gelu(gate)) for geglu."""
+    if config.ffn == "geglu":
+        value_gate = linear("btd,dgf->btgf", params.ffn_in, m_BTD)
+        f_BTF = value_gate[:, :, 0] * jax.nn.gelu(value_gate[:, :, 1], approximate=False)
+    else:
+        f_BTF = jax.nn.gelu(linear("btd,df->btf", params.ffn_in, m_BTD), approximate=True)
+    return linear("btf,fd->btd", params.ffn_out, constrain(f_BTF, "batch", "length", "mlp"))
+
+
+def extend(
+    config: GLMConfig,
+    params: Params,
+    cache: KVCache,
+    tokens_BT: jax.Array,
+    positions_B2T: jax.Array,
+    mask: BlankMask,
+    count_B: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Hidden states [B, T, D] of tokens behind a cache, and the cache with them in it.
+
+    The first count_B tokens of each row are real; the rest is padding, which the next call
+    overwrites. The mask counts keys in cache slots. The cache must have room for length_B + T.
+    """
+    x_BTD = embed(config, params, tokens_BT, positions_B2T)
+    angles = rotary(config, positions_B2T)
+    row_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
+    slot_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+
+    def layer(carry: Any, inputs: tuple[Block, jax.Array]) -> tuple[Any, None]:
+        x_BTD, k_NBSHK, v_NBSHK = carry
+        params_n, n = inputs
+
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
+            keys = k_NBSHK.at[n, row_B1, slot_BT].set(k.astype(k_NBSHK.dtype))
+            values = v_NBSHK.at[n, row_B1, slot_BT].set(v.astype(v_NBSHK.dtype))
+            return attention.attend(config, q, keys[n], values[n], mask), (keys, values)
+
+        x_BTD, (k_NBSHK, v_NBSHK) = block(config, params_n, x_BTD, angles, attend)
+        return (x_BTD, k_NBSHK, v_NBSHK), None
+
+    (x_BTD, k_NBSHK, v_NBSHK), _ = jax.lax.scan(
+        layer,
+        (x_BTD, cache.k_NBSHK, cache.v_NBSHK),
+        (params.blocks, jnp.arange(config.num_layers)),
+    )
+    x_BTD = layer_norm(params.final_norm, x_BTD, config.layer_norm_epsilon)
+    return x_BTD, KVCache(k_NBSHK, v_NBSHK, cache.length_B + count_B)
+
+
+def prefill(
+    config: GLMConfig,
+    params: Params,
+    cache: KVCache,
+    tokens_BT: jax.Array,
+    positions_B2T: jax.Array,
+    context_B: jax.Array,
+    length_B: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Feeds prompts, padded on the right, into a cache.
+
+    The first context_B tokens of a prompt see each other, the rest is causal. Returns the logits
+    [B, V] of each prompt's last token.
+    """
+    mask = BlankMask.from_context(context_B, length=tokens_BT.shape[1]).after(cache.length_B)
+    x_BTD, cache = extend(config, params, cache, tokens_BT, positions_B2T, mask, length_B)
+    last_B1D = jnp.take_along_axis(x_BTD, (length_B - 1)[:, None, None], axis=1)
+    return logits(config, params, last_B1D)[:, 0], cache
+
+
+def decode_step(
+    config: GLMConfig,
+    params: Params,
+    cache: KVCache,
+    tokens_BT: jax.Array,
+    positions_B2T: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """Logits [B, T, V] of the next T tokens of each row, which see the cache and their past."""
+    batch, length = tokens_BT.shape
+    causal = BlankMask.from_context(jnp.zeros(batch, jnp.int32), length=length)
+    count_B = jnp.full(batch, length, jnp.int32)
+    x_BTD, cache = extend(
+        config, params, cache, tokens_BT, positions_B2T, causal.after(cache.length_B), count_B
+    )
+    return logits(config, params, x_BTD), cache
+
+
+def _remat(config: GLMConfig, layer: Callable[..., Any]) -> Callable[..., Any]:
+    """The layer with what `config.remat` says recomputed in the backward pass."""
+    if config.remat == "none":
+        return layer
+    keep = jax.checkpoint_policies
+    policy = {
+        "matmuls": keep.save_from_both_policies(
+            keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("attention")
+        ),
+        "block": keep.nothing_saveable,
+    }[config.remat]
+    return jax.checkpoint(layer, policy=policy, prevent_cse=False)

@@ -1,0 +1,14 @@
+"""All tests run on eight CPU devices, with full-precision products.
+
+Programs are compiled quickly rather than well, here and in the processes that tests start: most of
+the time goes into compilation. `JAX_DISABLE_MOST_OPTIMIZATIONS=0 make test` compiles them as users do.
+"""
+
+import os
+
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_default_matmul_precision", "highest")

@@ -1,0 +1,72 @@
+import dataclasses
+
+import pytest
+
+import glmjax
+from glmjax.config import (
+    DataConfig,
+    Experiment,
+    GLMConfig,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+    parse_range,
+    replace,
+)  # fmt: skip
+
+
+def test_replace_reaches_into_nested_fields():
+    experiment = replace(Experiment(), **{"train.steps": 7, "model.num_layers": 3})
+    assert (experiment.train.steps, experiment.model.num_layers) == (7, 3)
+    assert experiment.data == DataConfig()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GLMConfig(hidden_size=100, num_heads=3), "num_heads = 3 .* hidden_size = 100"),
+        (lambda: GLMConfig(num_layers=0), "num_layers must be positive, got 0"),
+        (lambda: GLMConfig(hidden_dropout=1.0), "hidden_dropout must be in .* got 1.0"),
+        (
+            lambda: GLMConfig(hidden_size=36, num_heads=6, positions="rope_2d"),
+            "'rope_2d' needs a head size divisible by 4, got 6",
+        ),
+        (lambda: glmjax.get_config("glm-base", vocab_size=200), "sop = 30522 .* vocab_size = 200"),
+        (lambda: glmjax.get_config("glm-bas"), "'glm-bas'; the nearest is 'glm-base'"),
+        (lambda: glmjax.get_config("glm-base", layers=2), "no field 'layers'; the nearest is 'num_layers'"),
+        (lambda: replace(Experiment(), **{"train.stepz": 3}), "no field 'stepz'; .* 'steps'"),
+        (lambda: ObjectiveConfig(token=0.7, sentence=0.4), "0.7 and .* 0.4 exceed 1"),
+        (lambda: ObjectiveConfig(mask_ratio=1.5), "mask_ratio must be in .* got 1.5"),
+        (lambda: DataConfig(skip=("9:3",)), "data.skip takes FIRST:LAST .* got '9:3'"),
+        (lambda: DataConfig(skip=("1:5", "5:9")), "overlap at step 5"),
+        (lambda: DataConfig(path=("a",), weights=(1.0, 2.0)), "2 entries for 1 sources"),
+        (lambda: DataConfig(text_length=600), "between 8 and .* = 512, got 600"),
+        (lambda: OptimizerConfig(warmup=9, decay=5), "warmup = 9 .*decay = 5"),
+        (lambda: MeshConfig(data=-1, fsdp=-1), "at most one -1"),
+        (lambda: TrainConfig(batch_size=10, microbatch_size=4), "microbatch_size = 4 does not divide train.batch_size = 10"),
+        (lambda: TrainConfig(batch_size=10, ramp=(3, 2, 100)), "does not reach .* = 10"),
+        (lambda: Experiment(data=DataConfig(sequence_length=1024)), "1024 exceeds .* = 512"),
+        (
+            lambda: Experiment(model=glmjax.get_config("glm-130b-tiny")),
+            "positions = '2d' does not fit model.positions = 'rope_1d'",
+        ),
+        (
+            lambda: Experiment(objective=ObjectiveConfig(multitask=0.05)),
+            "multitask = 0.05 does not fit data.multitask",
+        ),
+        (lambda: parse_range("4", "x"), "x takes FIRST:LAST"),
+    ],
+)  # fmt: skip
+def test_wrong_combinations_name_both_values(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("name", glmjax.list_configs())
+def test_presets_are_frozen_and_hashable(name):
+    config = glmjax.get_config(name)
+    assert config.name == name
+    assert hash(config) == hash(glmjax.get_config(name))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.num_layers = 1
