@@ -1,0 +1,1 @@
+"""Text to batches, on the host, in numpy. Nothing here imports jax."""
