@@ -1,0 +1,1 @@
+"""Generation with a KV cache: sampling, continuing prompts and filling their blanks."""

@@ -1,0 +1,1 @@
+"""Checkpoints of the official repositories, read and written."""

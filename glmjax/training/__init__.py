@@ -1,0 +1,1 @@
+"""Training: loss, optimizer, step, metrics, checkpoints and the loop."""

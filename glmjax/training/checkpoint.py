@@ -1,0 +1,367 @@
+"""Checkpoints that are either whole or noticed not to be.
+
+One checkpoint is one folder: `state/` (orbax), `metadata.json` (the configuration and what made it)
+and the checksum of every file. It is written under the name STEP.unfinished and renamed to STEP
+when all of that is on disk, so a folder with a number for a name was once whole, and its checksums
+tell whether it still is. A model saved alone has the same form. All uses of orbax are in this file;
+nothing in a checkpoint is ever executed.
+"""
+
+import contextlib
+import functools
+import json
+import logging
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from glmjax.config import Experiment, GLMConfig, config_from_json, config_to_json
+from glmjax.model.params import Params, abstract_params, param_shardings
+from glmjax.training import checksums
+from glmjax.version import __version__
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a checkpoint and the run that continues it: none of it changes the
+# mathematics of a step. Everything in train may change but the three fields below.
+MAY_CHANGE = (
+    "train.", "mesh.", "data.workers", "data.cache", "data.skip",
+    "model.attention", "model.remat", "model.name",
+)  # fmt: skip
+TRAIN_MUST_MATCH = ("train.seed", "train.batch_size", "train.ramp")
+
+UNFINISHED, REPLACED = ".unfinished", ".replaced"
+BARRIER_SECONDS = 1200
+
+# What orbax cannot do it raises, and this file reports; its running commentary, and the one of its
+# writes that fail after the first has, is not for users.
+for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(
+        lambda record: "orbax" not in record.pathname + record.getMessage()
+    )
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none of those there can be read."""
+
+
+class Checkpoints:
+    """The checkpoints of one run: a folder of steps, of which the newest `keep` are kept."""
+
+    def __init__(self, directory: str | Path, keep: int):
+        """Makes the folder if need be and clears away what an interrupted save left behind.
+
+        Raises:
+            CheckpointError: the folder cannot be made.
+        """
+        self.directory = _absolute(directory)
+        self._keep = keep
+        self._damaged: set[int] = set()
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._executor = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"cannot make the folder {self.directory}: {error}") from error
+        for folder in self._remove_remains():
+            logger.warning("removed %s: its save was interrupted", folder)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, ascending."""
+        return _steps(self.directory)
+
+    def save(self, step: int, state: Any, experiment: Experiment) -> None:
+        """Starts to write a tree of arrays and returns once the arrays may be overwritten.
+
+        The save before it is waited for. A step that is there already is left as it is, unless
+        `restore_latest` found it damaged. Older checkpoints are removed when this one is whole.
+
+        Raises:
+            CheckpointError: this or the previous save failed, say because the disk is full.
+        """
+        self.wait()
+        if step in set(self.steps()) - self._damaged:
+            return
+        metadata = {
+            **_versions(),
+            "step": step,
+            "seed": experiment.train.seed,
+            "experiment": config_to_json(experiment),
+        }
+        folder = self.directory / f"{step}{UNFINISHED}"
+        self._remove_remains()
+        with _failure_reported(folder):
+            _start_writing(self._checkpointer, folder, state, metadata)
+        self._pending = self._executor.submit(self._finish, step)
+
+    def wait(self) -> None:
+        """Waits until the last save is whole.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def close(self) -> None:
+        """Waits for the last save and frees the threads.
+
+        Raises:
+            CheckpointError: the save failed.
+        """
+        try:
+            self.wait()
+        finally:
+            self._executor.shutdown()
+            self._checkpointer.close()
+
+    def restore_latest(self, abstract_state: Any, experiment: Experiment) -> tuple[int, Any] | None:
+        """The step and state of the newest whole checkpoint; None when there is no checkpoint.
+
+        Damaged ones are reported and passed over. The state goes to the shardings of
+        `abstract_state`, a tree of `jax.ShapeDtypeStruct`, whatever mesh it was saved from.
+
+        Raises:
+            CheckpointError: there are checkpoints and all are damaged.
+            ValueError: it belongs to another configuration; the differing fields are listed.
+        """
+        self.wait()
+        step, self._damaged = _newest_whole(self.directory)
+        if step is None:
+            return None
+        folder = self.directory / str(step)
+        saved = config_from_json(Experiment, _read_metadata(folder)["experiment"])
+        differences = _differences(saved, experiment)
+        if differences:
+            raise ValueError(
+                f"checkpoint {folder} belongs to another configuration (checkpoint value -> this "
+                "run's value): " + "; ".join(differences)
+            )
+        return step, _restore(folder, abstract_state)
+
+    def _remove_remains(self) -> list[epath.Path]:
+        """Removes what interrupted or failed saves left behind; returns the unfinished folders."""
+        if jax.process_index() != 0:
+            return []
+        for folder in self.directory.glob(f"*{REPLACED}"):
+            folder.rmtree()
+        unfinished = list(self.directory.glob(f"*{UNFINISHED}"))
+        for folder in unfinished:
+            folder.rmtree()
+        return unfinished
+
+    def _finish(self, step: int) -> None:
+        """Completes a save in the background; only then removes checkpoints no longer wanted."""
+        folder = self.directory / f"{step}{UNFINISHED}"
+        with _failure_reported(folder):
+            _finish_writing(self._checkpointer, folder, self.directory / str(step))
+        older = [s for s in self.steps() if s < step and s not in self._damaged]
+        unwanted = {*older[: max(0, len(older) + 1 - self._keep)], *(self._damaged - {step})}
+        self._damaged = set()
+        if jax.process_index() == 0:
+            for s in unwanted:
+                (self.directory / str(s)).rmtree()
+
+
+def save_model(path: str | Path, config: GLMConfig, params: Params) -> None:
+    """Writes a model to a folder; one that is there already is replaced when the new one is whole.
+
+    Raises:
+        FileExistsError: the folder holds something else.
+        CheckpointError: the disk is full, or the like.
+    """
+    target = _absolute(path)
+    vacant = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not vacant and not (checksums.exist(target) and "model" in _read_metadata(target)):
+        raise FileExistsError(f"{target} exists and is not a glmjax model; not overwriting it")
+    folder = target.with_name(target.name + UNFINISHED)
+    metadata = {**_versions(), "model": config_to_json(config)}
+    with (
+        ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        _failure_reported(folder),
+    ):
+        _start_writing(checkpointer, folder, {"params": params}, metadata)
+        _finish_writing(checkpointer, folder, target)
+
+
+def load_model(path: str | Path) -> tuple[GLMConfig, Params]:
+    """The model in a folder of `save_model`, a run, its checkpoints, or one of these.
+
+    Of several checkpoints the newest whole one is taken, and only the parameters are read. They go
+    to the mesh of `jax.set_mesh`, else to the default device.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: it is not a glmjax checkpoint.
+        CheckpointError: it is damaged.
+    """
+    folder = _absolute(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"{folder} does not exist")
+    if (folder / "checkpoints").is_dir():
+        folder = folder / "checkpoints"
+    if checksums.exist(folder):
+        damage = checksums.find_damage(folder)
+        if damage:
+            raise CheckpointError(f"{folder} is damaged: {damage}")
+    else:
+        step = _newest_whole(folder)[0] if folder.is_dir() else None
+        if step is None:
+            raise ValueError(f"{folder} is not a glmjax checkpoint, nor does it hold any")
+        folder = folder / str(step)
+    metadata = _read_metadata(folder)
+    model = metadata["model"] if "model" in metadata else metadata["experiment"]["model"]
+    config = config_from_json(GLMConfig, model)
+    mesh = jax.sharding.get_mesh()
+    abstract = abstract_params(config)
+    if not mesh.empty:
+        abstract = jax.tree.map(
+            lambda leaf, sharding: leaf.update(sharding=sharding),
+            abstract,
+            param_shardings(config, mesh),
+        )
+    return config, _restore(folder, {"params": abstract})["params"]
+
+
+def _start_writing(
+    checkpointer: ocp.AsyncCheckpointer, folder: epath.Path, state: Any, metadata: dict[str, Any]
+) -> None:
+    """Copies the state off the devices and begins to write it to a new folder."""
+    if jax.process_index() == 0:
+        if folder.exists():
+            folder.rmtree()
+        folder.mkdir(parents=True)
+        (folder / "metadata.json").write_text(json.dumps(metadata, indent=2))
+    with jax.transfer_guard("allow"):
+        checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(state))
+
+
+def _finish_writing(
+    checkpointer: ocp.AsyncCheckpointer, folder: epath.Path, target: epath.Path
+) -> None:
+    """Waits for the data, adds checksums and gives the folder its final name."""
+    checkpointer.wait_until_finished()
+    barrier = ocp.multihost.get_barrier_sync_fn()
+    checksums.write(folder)
+    barrier(key=f"{folder}:checksums", timeout_ms=BARRIER_SECONDS * 1000)
+    if jax.process_index() == 0:
+        replaced = target.with_name(target.name + REPLACED)
+        if target.exists():
+            target.rename(replaced)
+        folder.rename(target)
+        if replaced.exists():
+            replaced.rmtree()
+    barrier(key=f"{folder}:renamed", timeout_ms=BARRIER_SECONDS * 1000)
+
+
+@contextlib.contextmanager
+def _failure_reported(folder: epath.Path) -> Iterator[None]:
+    """Turns whatever stops a save into one `CheckpointError` and frees the disk it had taken."""
+    try:
+        yield
+    except Exception as error:
+        if jax.process_index() == 0 and folder.exists():
+            with contextlib.suppress(OSError):  # writes under way may still add files
+                folder.rmtree()
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise CheckpointError(
+            f"could not save {folder.with_suffix('')} ({cause}); what was saved before is unharmed"
+        ) from error
+
+
+def _restore(folder: epath.Path, abstract_state: Any) -> Any:
+    """The leaves of a checkpoint that `abstract_state` names, placed by its shardings."""
+    default = jax.device_put(0).sharding
+    abstract_state = jax.tree.map(
+        lambda leaf: leaf if leaf.sharding else leaf.update(sharding=default), abstract_state
+    )
+    with jax.transfer_guard("allow"), ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(
+            folder / "state",
+            args=ocp.args.PyTreeRestore(
+                abstract_state,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract_state),
+                partial_restore=True,
+            ),
+        )
+
+
+def _newest_whole(directory: epath.Path) -> tuple[int | None, set[int]]:
+    """The newest whole step and the damaged ones after it, which are reported.
+
+    Raises:
+        CheckpointError: every step is damaged.
+    """
+    damaged: dict[int, str] = {}
+    for step in reversed(_steps(directory)):
+        damage = checksums.find_damage(directory / str(step))
+        if damage is None:
+            for bad, reason in damaged.items():
+                logger.warning(
+                    "checkpoint %s is damaged (%s); step %d is used instead",
+                    directory / str(bad), reason, step,
+                )  # fmt: skip
+            return step, set(damaged)
+        damaged[step] = damage
+    if damaged:
+        reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
+        raise CheckpointError(f"every checkpoint in {directory} is damaged: {reasons}")
+    return None, set()
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    return sorted(int(folder.name) for folder in directory.iterdir() if folder.name.isdecimal())
+
+
+def _differences(saved: Experiment, current: Experiment) -> list[str]:
+    """Fields that must agree and do not, as `field: saved value -> current value`."""
+    old, new = _flatten(config_to_json(saved)), _flatten(config_to_json(current))
+    return [
+        f"{name}: {old.get(name)} -> {new.get(name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+        and (name in TRAIN_MUST_MATCH or not name.startswith(MAY_CHANGE))
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in values.items():
+        nested = isinstance(value, dict)
+        flat.update(_flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value})
+    return flat
+
+
+def _read_metadata(folder: epath.Path) -> dict[str, Any]:
+    return json.loads((folder / "metadata.json").read_text())
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    """Versions of glmjax and jax, and the git commit when glmjax runs from its repository."""
+    root = Path(__file__).parents[2]
+    commit = None
+    if (root / ".git").exists() and shutil.which("git"):
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        result = subprocess.run(command, check=False, cwd=root, capture_output=True, text=True)
+        commit = result.stdout.strip() or None
+    return {"glmjax": __version__, "commit": commit, "jax": jax.__version__}
+
+
+def _absolute(path: str | Path) -> epath.Path:
+    return epath.Path(path).expanduser().resolve()

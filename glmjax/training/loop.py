@@ -1,0 +1,408 @@
+"""The training run, from text to a checkpoint: read `fit` from top to bottom."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glmjax.config import Experiment, TrainConfig, config_to_json, parse_range
+from glmjax.data.baselines import count_targets, uniform_loss, unigram_loss
+from glmjax.data.blanks import OBJECTIVES, Batch
+from glmjax.data.pipeline import batches, make_dataset, make_heldout_dataset
+from glmjax.data.prepare import Corpora, prepare
+from glmjax.data.ramp import batch_size_at, batch_sizes, rows_before
+from glmjax.data.tokenizers import check_vocabulary
+from glmjax.model.params import Params, count_params
+from glmjax.sharding import RULES, make_mesh
+from glmjax.training.checkpoint import Checkpoints
+from glmjax.training.metrics import (
+    Writer,
+    flops,
+    model_flops_utilisation,
+    open_writers,
+    read_metrics,
+    truncate_metrics,
+)
+from glmjax.training.optimizer import learning_rate
+from glmjax.training.plot import plot_losses
+from glmjax.training.progress import Progress
+from glmjax.training.step import (
+    StepMetrics,
+    TrainState,
+    abstract_state,
+    evaluate_step,
+    init_state,
+    put_batch,
+    train_step,
+)
+
+logger = logging.getLogger(__name__)
+
+BASELINE_BATCHES = 64
+"""Training batches whose targets the unigram baseline counts."""
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; its checkpoints are as they were."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended; what `summary.json` holds."""
+
+    steps: int
+    tokens: int
+    """Tokens of all rows up to here, context included."""
+    heldout_loss: float | None
+    """Nats per target token; None when a signal ended the run before its last evaluation."""
+    unigram_loss: float
+    uniform_loss: float
+    tokens_per_second: float
+    seconds: float
+    """Wall time of this process, from its first step to its last."""
+    parameters: int
+    signal: str | None = None
+    """The signal that ended the run early."""
+
+
+@dataclass
+class _Interval:
+    """Sums over the steps since the last line of metrics.jsonl."""
+
+    began: float
+    losses_O: np.ndarray = field(default_factory=lambda: np.zeros(len(OBJECTIVES)))
+    weights_O: np.ndarray = field(default_factory=lambda: np.zeros(len(OBJECTIVES)))
+    rows: int = 0
+    steps: int = 0
+    skipped: int = 0
+
+
+def fit(experiment: Experiment) -> Summary:
+    """Trains until `train.steps`, or until SIGTERM or SIGINT, which save first.
+
+    A run folder with checkpoints is continued from the newest whole one.
+
+    Raises:
+        ValueError: the configuration, the data or an earlier checkpoint does not fit.
+        TrainingError: `train.max_skipped` steps in a row were not finite or exploded.
+        CheckpointError: a checkpoint could not be written or none could be read.
+    """
+    train, run = experiment.train, Path(experiment.train.run)
+    is_main = jax.process_index() == 0
+
+    # Data
+    corpora = prepare(experiment.data, experiment.objective)
+    check_vocabulary(experiment.model, corpora.tokenizer)
+    if experiment.model.special_tokens != corpora.tokenizer.special_tokens:
+        raise ValueError(
+            f"model.special_tokens = {experiment.model.special_tokens} differ from the tokenizer's "
+            f"{corpora.tokenizer.special_tokens}"
+        )
+    shares = {"process": jax.process_index(), "num_processes": jax.process_count()}
+    dataset = make_dataset(experiment, corpora, **shares)
+    heldout = list(make_heldout_dataset(experiment, corpora, **shares))
+    baselines = _baselines(corpora, dataset, heldout)
+
+    # Devices
+    mesh = make_mesh(experiment.mesh)
+    microbatch = _microbatch_size(experiment, mesh)
+    room = train.batch_size // microbatch
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(run / "checkpoints", train.keep_checkpoints) as checkpoints,
+        _signals() as received,
+        Progress(train.steps, enabled=is_main) as progress,
+        _profiler(train.profile, run) as profile,
+    ):
+        # State: the newest whole checkpoint, else a new one
+        first_step, state = checkpoints.restore_latest(
+            abstract_state(experiment, mesh), experiment
+        ) or (0, init_state(experiment, mesh))
+        finished = _finished(run, first_step)
+        if finished is not None and first_step >= train.steps:
+            progress.finished(first_step, run)
+            return finished
+
+        # Run folder
+        if is_main:
+            _open_run(experiment, corpora, run)
+            truncate_metrics(run / "metrics.jsonl", first_step)
+        writers = open_writers(experiment) if is_main else []
+        progress.start(first_step, run)
+
+        # A step is compiled for these settings: a run of another length or folder shares it
+        step_settings = TrainConfig(seed=train.seed, exploding_ratio=train.exploding_ratio)
+        compiled_for = dataclasses.replace(experiment, train=step_settings)
+
+        # Loop
+        began = time.perf_counter()
+        interval = _Interval(began)
+        pending: tuple[int, StepMetrics] | None = None
+        heldout_loss = None
+        step = first_step
+        stream = batches(dataset, first_step, experiment.data.workers)
+        report = functools.partial(_report, experiment, writers, progress)
+        with jax.transfer_guard("disallow"), contextlib.closing(stream):
+            while step < train.steps and not received:
+                profile(step, state)
+                num_microbatches = batch_size_at(train, step) // microbatch
+                batch = put_batch(mesh, next(stream), num_microbatches, room)
+                scalars = (np.int32(num_microbatches), np.float32(_rate(experiment, step)))
+                state, metrics = train_step(
+                    compiled_for, state, batch, *jax.device_put(scalars, everywhere)
+                )
+                if pending is not None:
+                    interval = report(interval, *pending)
+                pending = (step, metrics)
+                step += 1
+
+                last = step == train.steps
+                evaluates = last or step % train.evaluate_every == 0
+                saves = last or step % train.checkpoint_every == 0
+                if evaluates or saves:
+                    interval, pending = report(interval, *pending), None
+                heldout_loss = None
+                if evaluates:
+                    paused = time.perf_counter()
+                    heldout_loss = _evaluate(experiment, mesh, state.params, heldout, writers, step)
+                    progress.evaluated(step, heldout_loss, baselines["unigram"])
+                    interval.began += time.perf_counter() - paused
+                if saves:
+                    checkpoints.save(step, state, experiment)
+            if pending is not None:
+                report(interval, *pending)
+            if received and step > first_step:
+                checkpoints.save(step, state, experiment)
+        if heldout_loss is None and not received:  # the last steps were made by an earlier process
+            heldout_loss = _evaluate(experiment, mesh, state.params, heldout, [], step)
+        checkpoints.wait()
+        seconds = time.perf_counter() - began
+
+    # Results
+    tokens = rows_before(train, step) * experiment.data.sequence_length
+    new_tokens = tokens - rows_before(train, first_step) * experiment.data.sequence_length
+    summary = Summary(
+        steps=step,
+        tokens=tokens,
+        heldout_loss=heldout_loss,
+        unigram_loss=baselines["unigram"],
+        uniform_loss=baselines["uniform"],
+        tokens_per_second=new_tokens / seconds,
+        seconds=seconds,
+        parameters=count_params(experiment.model),
+        signal=received[0].name if received else None,
+    )
+    if is_main:
+        _write_json(run / "summary.json", dataclasses.asdict(summary))
+        plot_losses(read_metrics(run / "metrics.jsonl"), baselines, run / "loss.png")
+    return summary
+
+
+def _finished(run: Path, step: int) -> Summary | None:
+    """The summary that an earlier process wrote when it ended at this step."""
+    path = run / "summary.json"
+    summary = Summary(**json.loads(path.read_text())) if path.exists() else None
+    return summary if summary is not None and summary.steps == step and not summary.signal else None
+
+
+def _baselines(corpora: Corpora, dataset: Any, heldout: list[Batch]) -> dict[str, float]:
+    size = corpora.tokenizer.vocab_size
+    training_V = count_targets((dataset[i] for i in range(BASELINE_BATCHES)), size)
+    return {
+        "uniform": uniform_loss(size),
+        "unigram": unigram_loss(training_V, count_targets(heldout, size)),
+    }
+
+
+def _microbatch_size(experiment: Experiment, mesh: Mesh) -> int:
+    """Rows of one pass: what was asked for, else as much as every batch is a multiple of."""
+    train = experiment.train
+    size = train.microbatch_size or math.gcd(*batch_sizes(train))
+    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if size % parts:
+        raise ValueError(
+            f"the {parts} devices of mesh axes {RULES['batch']} do not divide a microbatch of "
+            f"{size} rows"
+        )
+    return size
+
+
+def _open_run(experiment: Experiment, corpora: Corpora, run: Path) -> None:
+    """Makes the run folder and its descriptions.
+
+    Raises:
+        ValueError: the folder belongs to a run whose corpus or vocabulary was another.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    contents = {"rows": corpora.digest, "tokenizer": corpora.tokenizer.digest}
+    identity = run / "corpus.json"
+    if identity.exists() and json.loads(identity.read_text()) != contents:
+        raise ValueError(
+            f"the text or the vocabulary of {run} changed since that run began; restore the files "
+            "or choose another --train.run"
+        )
+    corpora.tokenizer.save(run / "tokenizer.model")
+    _write_json(run / "config.json", config_to_json(experiment))
+    _write_json(identity, contents)
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
+
+
+def _rate(experiment: Experiment, step: int) -> float:
+    """Learning rate of a step; the first step is one step, or one batch, into the schedule."""
+    position = step + 1
+    if experiment.optimizer.schedule_unit == "samples":
+        position = rows_before(experiment.train, step + 1)
+    return learning_rate(experiment.optimizer, position)
+
+
+def _report(
+    experiment: Experiment,
+    writers: list[Writer],
+    progress: Progress,
+    interval: _Interval,
+    step: int,
+    metrics: StepMetrics,
+) -> _Interval:
+    """Reads the metrics of a finished step, and writes a line when an interval is full.
+
+    An interval also ends at a checkpoint, so that a resumed run writes the same lines.
+
+    Raises:
+        TrainingError: too many steps in a row were skipped.
+    """
+    train, length = experiment.train, experiment.data.sequence_length
+    metrics = jax.device_get(metrics)
+    rows = batch_size_at(train, step)
+    interval.rows += rows
+    interval.steps += 1
+    if metrics.taken:
+        interval.losses_O += metrics.objective_losses
+        interval.weights_O += metrics.objective_weights
+    else:
+        interval.skipped += 1
+        first = rows_before(train, step)
+        logger.warning(
+            "skipped step %d (loss %.4g, gradient norm %.4g), made from rows %d to %d; leave them "
+            "out for good with --data.skip %d:%d",
+            step, metrics.loss, metrics.gradient_norm, first, first + rows - 1, step, step,
+        )  # fmt: skip
+        if metrics.skipped >= train.max_skipped:
+            raise TrainingError(
+                f"{train.max_skipped} steps in a row up to step {step} were not finite or exploded "
+                f"(last gradient norm {metrics.gradient_norm:.4g}); the last checkpoint is kept"
+            )
+    done = step + 1
+    if done % train.log_every and done % train.checkpoint_every and done != train.steps:
+        return interval
+
+    now = time.perf_counter()
+    seconds = now - interval.began
+    flops_per_second = flops(experiment.model, interval.rows, length) / seconds if seconds else 0.0
+    weights = interval.weights_O
+    row: dict[str, Any] = {
+        "loss": float(interval.losses_O.sum() / weights.sum()) if weights.any() else math.nan,
+        **{
+            f"loss/{name}": float(loss / weight)
+            for name, loss, weight in zip(OBJECTIVES, interval.losses_O, weights, strict=True)
+            if weight
+        },
+        "gradient_norm": float(metrics.gradient_norm),
+        "embedding_gradient_norm": float(metrics.embedding_gradient_norm),
+        "learning_rate": _rate(experiment, step),
+        "rows": rows_before(train, done),
+        "skipped_steps": interval.skipped,
+        "tokens_per_second": interval.rows * length / seconds,
+        "flops_per_second": flops_per_second,
+    }
+    utilisation = model_flops_utilisation(
+        flops_per_second, jax.devices()[0].device_kind, jax.device_count()
+    )
+    if utilisation is not None:
+        row["model_flops_utilisation"] = utilisation
+    row = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no NaN
+    for write in writers:
+        write(done, row)
+    progress.logged(done, row)
+    return _Interval(now)
+
+
+def _evaluate(
+    experiment: Experiment,
+    mesh: Mesh,
+    params: Params,
+    heldout: list[Batch],
+    writers: list[Writer],
+    step: int,
+) -> float:
+    """Held-out loss in nats per target token, written as a line of its own."""
+    sums = [evaluate_step(experiment.model, params, put_batch(mesh, batch)) for batch in heldout]
+    losses, weights = np.sum(jax.device_get(sums), axis=0)
+    row = {"heldout_loss": float(losses.sum() / weights.sum())}
+    for name, loss, weight in zip(OBJECTIVES, losses, weights, strict=True):
+        if weight:
+            row[f"heldout_loss/{name}"] = float(loss / weight)
+    for write in writers:
+        write(step, row)
+    return row["heldout_loss"]
+
+
+@contextlib.contextmanager
+def _profiler(steps: str | None, run: Path) -> Iterator[Callable[[int, TrainState], None]]:
+    """A function to call before each step, which traces those that train.profile names."""
+    first, last = parse_range(steps, "train.profile") if steps else (-1, -1)
+    tracing = False
+
+    def before(step: int, state: TrainState) -> None:
+        nonlocal tracing
+        if tracing == (first <= step <= last):
+            return
+        tracing = not tracing
+        jax.block_until_ready(state.step)
+        if tracing:
+            jax.profiler.start_trace(str(run / "profile"))
+        else:
+            jax.profiler.stop_trace()
+
+    try:
+        yield before
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """The list of SIGTERM and SIGINT received so far; a second SIGINT interrupts at once."""
+    received: list[signal.Signals] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received:
+            raise KeyboardInterrupt
+        received.append(signal.Signals(number))
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,192 @@
+"""One optimizer step and one evaluation step: pure functions of state and batch."""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glmjax.config import Experiment, GLMConfig
+from glmjax.data.blanks import OBJECTIVES, Batch
+from glmjax.model.attention import BlankMask
+from glmjax.model.params import Params, abstract_params, init, param_shardings
+from glmjax.model.transformer import encode, output_table
+from glmjax.sharding import RULES
+from glmjax.training.loss import cross_entropy
+from glmjax.training.optimizer import adamw
+
+
+@struct.dataclass
+class TrainState:
+    """Everything a step changes. Data order and dropout follow from seed and step."""
+
+    step: Any
+    params: Params
+    optimizer: optax.OptState
+    gradient_norm_mean: Any
+    """Running mean of the gradient norm over the steps that were taken; 0 before the first."""
+    skipped: Any
+    """Steps skipped in a row up to now."""
+
+
+@struct.dataclass
+class StepMetrics:
+    """What a step reports, as device scalars; losses are in nats."""
+
+    loss: Any
+    objective_losses: Any
+    """Sum of the losses of each objective."""
+    objective_weights: Any
+    """Number of target tokens of each objective."""
+    gradient_norm: Any
+    embedding_gradient_norm: Any
+    taken: Any
+    """False when the step was skipped as non-finite or exploding."""
+    skipped: Any
+
+
+def init_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """The state before the first step, sharded over the mesh, which must be the ambient one."""
+    params = init(experiment.model, jax.random.key(experiment.train.seed))
+    make = partial(_start, experiment)
+    return jax.jit(make, out_shardings=state_shardings(experiment, mesh), donate_argnums=0)(params)
+
+
+def _start(experiment: Experiment, params: Params) -> TrainState:
+    optimizer = adamw(experiment.model, experiment.optimizer).init(params)
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, optimizer, jnp.zeros((), jnp.float32), zero)
+
+
+def state_shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """Shardings of the state: moments like their parameters, the rest on every device."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    params = param_shardings(experiment.model, mesh)
+    transformation = adamw(experiment.model, experiment.optimizer)
+    optimizer = optax.tree_utils.tree_map_params(
+        transformation,
+        lambda _, sharding: sharding,
+        jax.eval_shape(transformation.init, abstract_params(experiment.model)),
+        params,
+        transform_non_params=lambda _: everywhere,
+    )
+    return TrainState(everywhere, params, optimizer, everywhere, everywhere)
+
+
+def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state, without values."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(partial(_start, experiment), abstract_params(experiment.model)),
+        state_shardings(experiment, mesh),
+    )
+
+
+def put_batch(mesh: Mesh, batch: Batch, num_microbatches: int = 1, room: int = 1) -> Batch:
+    """This process's rows as a global array [M, B / M, ...], split over the mesh by rows.
+
+    Row i of a device's rows goes to microbatch i mod M, so that every microbatch is spread evenly.
+    With more room than microbatches the rest is zeros, so that a growing batch keeps its shape.
+    """
+    sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+    empty = max(0, room - num_microbatches)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        rows = rows.reshape(-1, num_microbatches, *rows.shape[1:]).swapaxes(0, 1)
+        rows = np.pad(rows, [(0, empty), *[(0, 0)] * (rows.ndim - 1)]) if empty else rows
+        return jax.make_array_from_process_local_data(sharding, rows)
+
+    return jax.tree.map(put, batch)
+
+
+def loss_and_metrics(
+    config: GLMConfig, params: Params, batch: Batch, dropout_key: jax.Array | None = None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Sum of the losses of a batch in nats, and (losses, target counts) by objective."""
+    tokens_BT, positions_B2T, k_start_BT, k_end_BT, targets_BT, weights_BT, objective_B = map(
+        jnp.asarray, batch
+    )
+    mask = BlankMask(k_start_BT, k_end_BT)
+    x_BTD = encode(config, params, tokens_BT, positions_B2T, mask, dropout_key)
+    total, losses_BT = cross_entropy(x_BTD, output_table(config, params), targets_BT, weights_BT)
+    is_objective_BO = objective_B[:, None] == jnp.arange(len(OBJECTIVES))
+    by_objective = partial(jnp.einsum, "bt,bo->o", precision="highest")
+    losses = by_objective(losses_BT * weights_BT, is_objective_BO.astype(jnp.float32))
+    weights = by_objective(weights_BT, is_objective_BO.astype(jnp.float32))
+    return total, (losses, weights)
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_step(
+    experiment: Experiment,
+    state: TrainState,
+    batch: Batch,
+    num_microbatches: jax.Array,
+    learning_rate: jax.Array,
+) -> tuple[TrainState, StepMetrics]:
+    """One optimizer step over the first num_microbatches of a batch [M, B / M, ...].
+
+    The loss is the mean over all target tokens of the batch. A step whose loss or gradient is not
+    finite, or whose gradient norm exceeds `exploding_ratio` times its running mean, changes nothing
+    but the step number.
+    """
+    config, train = experiment.model, experiment.train
+    dropout_key = jax.random.fold_in(jax.random.key(train.seed), state.step)
+
+    def microbatch(m: jax.Array | int) -> tuple[Any, Any]:
+        rows = jax.tree.map(lambda x: x[m], batch)
+        key = jax.random.fold_in(dropout_key, m) if _has_dropout(config) else None
+        gradient = jax.value_and_grad(loss_and_metrics, argnums=1, has_aux=True)
+        (_, sums), gradients = gradient(config, state.params, rows, key)
+        return gradients, sums
+
+    if batch.tokens_BT.shape[0] == 1:
+        gradients, (losses_O, weights_O) = microbatch(0)
+    else:
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, 0))
+        gradients, (losses_O, weights_O) = jax.lax.fori_loop(
+            0, num_microbatches, lambda m, sums: jax.tree.map(jnp.add, sums, microbatch(m)), zeros
+        )
+
+    weight = jnp.maximum(weights_O.sum(), 1)
+    loss = losses_O.sum() / weight
+    gradient_norm = optax.tree_utils.tree_norm(gradients) / weight
+    embedding_norm = optax.tree_utils.tree_norm(gradients.word_embedding) / weight
+    mean = state.gradient_norm_mean
+    taken = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    taken &= (mean == 0) | (gradient_norm <= train.exploding_ratio * mean)
+
+    scale = jnp.minimum(1, experiment.optimizer.clip / gradient_norm) / weight
+    gradients = jax.tree.map(lambda g: g * scale, gradients)
+    updates, optimizer = adamw(config, experiment.optimizer).update(
+        gradients, state.optimizer, state.params
+    )
+    params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    new = TrainState(
+        step=state.step,
+        params=params,
+        optimizer=optimizer,
+        gradient_norm_mean=jnp.where(mean == 0, gradient_norm, 0.99 * mean + 0.01 * gradient_norm),
+        skipped=jnp.zeros_like(state.skipped),
+    )
+    old = dataclasses.replace(state, skipped=state.skipped + 1)
+    state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old)
+    state = dataclasses.replace(state, step=state.step + 1)
+    return state, StepMetrics(
+        loss, losses_O, weights_O, gradient_norm, embedding_norm, taken, state.skipped
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def evaluate_step(config: GLMConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """(losses, target counts) by objective of a batch [1, B, ...], without dropout."""
+    return loss_and_metrics(config, params, jax.tree.map(lambda x: x[0], batch))[1]
+
+
+def _has_dropout(config: GLMConfig) -> bool:
+    return any((config.embedding_dropout, config.attention_dropout, config.hidden_dropout))
