@@ -12,3 +12,5 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
+
+pytest_plugins = ("tiny_run",)

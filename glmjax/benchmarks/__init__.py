@@ -1,0 +1,1 @@
+"""What `glmjax bench` runs: each module measures one thing and returns its numbers."""
