@@ -67,3 +67,20 @@ def test_core_imports_without_the_extras():
     """The model, the training step and generation must import on a bare accelerator machine."""
     script = f"import sys\nfor name in {OPTIONAL!r}: sys.modules[name] = None\n{CORE}"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=PACKAGE.parent)
+
+
+def test_program_without_the_extras_says_what_it_needs():
+    script = (
+        "import sys; sys.modules['tyro'] = None; from glmjax.__main__ import main; sys.exit(main())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=PACKAGE.parent,
+    )
+    assert result.returncode == 1
+    assert result.stderr.splitlines() == [
+        'glmjax: the program needs more packages: pip install "glmjax[train]"'
+    ]
