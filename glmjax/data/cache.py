@@ -4,8 +4,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
-import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -13,13 +12,12 @@ from pathlib import Path
 def write_whole(path: Path, content: bytes) -> None:
     """Writes a file under a passing name and renames it, so that it is never seen in part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=f"{path.name}.partial-")
+    partial = path.with_name(f"{path.name}.partial-{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-        os.replace(partial, path)
+        partial.write_bytes(content)
+        partial.replace(path)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink(missing_ok=True)
         raise
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from glmjax.config import Experiment, TrainConfig, config_to_json, parse_range
 from glmjax.data.baselines import count_targets, uniform_loss, unigram_loss
 from glmjax.data.blanks import OBJECTIVES, Batch
+from glmjax.data.cache import write_whole
 from glmjax.data.pipeline import batches, make_dataset, make_heldout_dataset
 from glmjax.data.prepare import Corpora, prepare
 from glmjax.data.ramp import batch_size_at, batch_sizes, rows_before
@@ -86,7 +87,6 @@ class _Interval:
     losses_O: np.ndarray = field(default_factory=lambda: np.zeros(len(OBJECTIVES)))
     weights_O: np.ndarray = field(default_factory=lambda: np.zeros(len(OBJECTIVES)))
     rows: int = 0
-    steps: int = 0
     skipped: int = 0
 
 
@@ -262,9 +262,7 @@ def _open_run(experiment: Experiment, corpora: Corpora, run: Path) -> None:
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def _rate(experiment: Experiment, step: int) -> float:
@@ -294,7 +292,6 @@ def _report(
     metrics = jax.device_get(metrics)
     rows = batch_size_at(train, step)
     interval.rows += rows
-    interval.steps += 1
     if metrics.taken:
         interval.losses_O += metrics.objective_losses
         interval.weights_O += metrics.objective_weights
@@ -317,7 +314,7 @@ def _report(
 
     now = time.perf_counter()
     seconds = now - interval.began
-    flops_per_second = flops(experiment.model, interval.rows, length) / seconds if seconds else 0.0
+    flops_per_second = flops(experiment.model, interval.rows, length) / seconds
     weights = interval.weights_O
     row: dict[str, Any] = {
         "loss": float(interval.losses_O.sum() / weights.sum()) if weights.any() else math.nan,

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from glmjax.config import Experiment, GLMConfig
+from glmjax.data.cache import write_whole
 
 # Dense bfloat16 FLOP/s of one jax device, from the vendors' data sheets. A v4 or v5p device is a
 # whole chip (two cores), a tpu7x device is half a chip.
@@ -101,6 +102,4 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def truncate_metrics(path: Path, step: int) -> None:
     """Drops the rows after `step`, which a resumed run writes again."""
     rows = [row for row in read_metrics(path) if row["step"] <= step]
-    shortened = path.with_suffix(".shortened")
-    shortened.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shortened.replace(path)
+    write_whole(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
