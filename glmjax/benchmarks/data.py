@@ -1,4 +1,4 @@
-"""How fast batches are made: `python -m glmjax.benchmarks.data`.
+"""How fast batches are made.
 
 A rate is tokens of finished rows per second (rows x sequence length). Prepared: rows are read from
 the prepared corpus, as in training. Online: every document is tokenised when it is needed.
@@ -115,7 +115,3 @@ def _online_batches(experiment: Experiment, corpora: Corpora) -> Generator[Batch
             row_indices=range(step * size, (step + 1) * size),
             is_sentence_end_V=tokenizer.is_sentence_end,
         )
-
-
-if __name__ == "__main__":
-    show(run())
