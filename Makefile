@@ -1,6 +1,8 @@
 # Everything runs in .venv, which any target makes first. PYTHON chooses the interpreter (3.11+).
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= test
+TESTS ?= not slow and not tpu
 RUN := $(VENV)/bin/python -m
 RUFF_FLAGS := --line-length 100
 RUFF_RULES := --extend-select I,B,UP,RUF
@@ -11,7 +13,7 @@ LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 \
 	$$p -c '' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-latest lint types format bench clean
+.PHONY: help install train test test-slow test-tpu test-latest lint types format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 14
@@ -20,21 +22,24 @@ install: $(VENV)/installed  ## Make .venv with glmjax and all it needs
 
 $(VENV)/installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --editable '.[test]'
+	$(VENV)/bin/pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
 train: install  ## Train a small GLM on text that every machine has (about 3 minutes on 2 cores)
 	$(RUN) glmjax train experiments/quickstart.py
 
 test: install  ## Run the tests (under 10 minutes on 2 cores)
-	$(RUN) pytest -q -m "not slow"
+	$(RUN) pytest -q -m "$(TESTS)"
 
 test-slow: install  ## Run the tests that take long, such as the kill test
 	$(RUN) pytest -q -m slow
 
-test-latest:  ## Run the tests on the newest Python at hand, with the newest jax
+test-tpu:  ## Compile the kernels for five TPU generations and count their cycles; needs no TPU
+	$(MAKE) test VENV=.venv-tpu EXTRAS=test,tpu TESTS=tpu
+
+test-latest:  ## Run test and test-tpu on the newest Python at hand, with the newest jax
 	@test -n "$(LATEST_PYTHON)" || { echo "no Python 3.12 or newer found; set LATEST_PYTHON"; exit 1; }
-	$(MAKE) test PYTHON=$(LATEST_PYTHON) VENV=.venv-latest
+	$(MAKE) test PYTHON=$(LATEST_PYTHON) VENV=.venv-latest EXTRAS=test,tpu TESTS="not slow"
 
 lint: install  ## Check style
 	$(RUN) ruff check $(RUFF_FLAGS) $(RUFF_RULES) $(CODE)
@@ -52,4 +57,4 @@ bench: install  ## Measure the input pipeline and the training step
 	$(RUN) glmjax bench train
 
 clean:  ## Remove environments, caches and runs
-	rm -rf .venv .venv-latest .mypy_cache .ruff_cache .pytest_cache *.egg-info runs
+	rm -rf .venv .venv-tpu .venv-latest .mypy_cache .ruff_cache .pytest_cache *.egg-info runs

@@ -30,6 +30,8 @@ OPTIONAL = [
     "safetensors",
     "pyarrow",
     "torch",
+    "tokamax",
+    "libtpu",
 ]
 
 
