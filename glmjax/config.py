@@ -17,7 +17,7 @@ Positions = Literal["learned_2d", "rope_1d", "rope_2d"]
 Norm = Literal["pre", "deepnorm"]
 FeedForward = Literal["gelu", "geglu"]
 Dtype = Literal["float32", "bfloat16"]
-AttentionImplementation = Literal["reference", "blockwise"]
+AttentionImplementation = Literal["auto", "reference", "blockwise", "tpu", "tokamax", "cudnn"]
 Remat = Literal["none", "matmuls", "block"]
 
 Config = TypeVar("Config")
@@ -100,8 +100,12 @@ class GLMConfig:
     multiplied by it, the forward pass is unchanged."""
     dtype: Dtype = "float32"
     """Type of activations and matrix products; parameters, softmax, norms and loss stay float32."""
-    attention: AttentionImplementation = "blockwise"
-    """reference: dense, T x T scores. blockwise: works through key blocks, memory linear in T."""
+    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """Type of cached keys and values; None: that of dtype. int8 has a scale per token and head."""
+    attention: AttentionImplementation = "auto"
+    """auto: the one made for the platform. reference: dense, T x T scores. blockwise: plain XLA that
+    works through key blocks, memory linear in T. tpu: Pallas kernels. tokamax, cudnn: kernels of
+    others for NVIDIA GPUs."""
     remat: Remat = "matmuls"
     """What the backward pass recomputes. none: nothing. matmuls: all but matrix products and
     attention. block: everything inside each block."""

@@ -6,10 +6,11 @@ everything here is the identity, so that notebooks need not know about it.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glmjax.config import MeshConfig
 
@@ -17,6 +18,7 @@ RULES: dict[str, tuple[str, ...]] = {
     # activations
     "batch": ("data", "fsdp"),
     "length": (),
+    "keys": (),
     "stream": (),
     # parameters, and the activations that they split
     "embed": ("fsdp",),
@@ -27,6 +29,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "position": (),
     "qkv": (),
     "head": (),
+    "seed": (),
     "gate": (),
 }
 
@@ -63,7 +66,7 @@ def partition(axes: Sequence[str]) -> PartitionSpec:
 
 
 def named_sharding(
-    mesh: Mesh, axes: Sequence[str], shape: Sequence[int], name: str = "array"
+    mesh: Mesh | AbstractMesh, axes: Sequence[str], shape: Sequence[int], name: str = "array"
 ) -> NamedSharding:
     """The sharding on a mesh of an array with these logical axes and this shape.
 
@@ -85,3 +88,19 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes))
+
+
+def per_device(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:
+    """The function on each device's own part of its arguments, told by their logical axes.
+
+    For kernels, which XLA cannot split. Without a mesh it is the function itself. Axes that are not
+    named, at the end, are not split.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return function
+    in_specs, out_specs = jax.tree.map(partition, (in_axes, out_axes), is_leaf=_names_axes)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def _names_axes(axes: Any) -> bool:
+    return all(isinstance(axis, str) for axis in axes)

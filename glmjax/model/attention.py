@@ -5,21 +5,19 @@ sample that starts at s with a bidirectional part A of length c, k_start = s and
 k_end = max(q + 1, s + c). Causal, bidirectional, packed and padded rows are intervals too.
 """
 
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
-from glmjax.config import AttentionImplementation, GLMConfig
-from glmjax.kernels.blank_attention import blockwise, reference
+from glmjax.config import GLMConfig
+from glmjax.kernels import blank_attention
+from glmjax.kernels.blank_attention import cache as cached
 from glmjax.sharding import constrain
-
-_IMPLEMENTATIONS: dict[AttentionImplementation, ModuleType] = {
-    "reference": reference,
-    "blockwise": blockwise,
-}
 
 
 @struct.dataclass
@@ -43,18 +41,32 @@ class BlankMask:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of all layers for S slots, of which the first length_B are filled."""
+    """Keys and values of all layers for S slots, of which the first length_B are filled.
 
-    k_NBSHK: Any
-    v_NBSHK: Any
+    An int8 cache has a float32 scale for every token and head, by which its numbers are multiplied.
+    """
+
+    k_NBHSK: Any
+    v_NBHSK: Any
     length_B: Any
+    k_scale_NBHS: Any = None
+    v_scale_NBHS: Any = None
 
     @classmethod
     def empty(cls, config: GLMConfig, batch: int, size: int) -> "KVCache":
-        """A cache of `size` slots with nothing in it."""
-        shape = (config.num_layers, batch, size, config.num_heads, config.head_size)
-        zeros = jnp.zeros(shape, config.dtype)
-        return cls(zeros, zeros, jnp.zeros(batch, jnp.int32))
+        """A cache of at least `size` slots with nothing in it.
+
+        More than 128 slots are rounded up to a multiple of 128, of which TPU memory is made.
+        """
+        size = -(-size // 128) * 128 if size > 128 else size
+        shape = (config.num_layers, batch, config.num_heads, size, config.head_size)
+        dtype = config.cache_dtype or config.dtype
+        # Arrays of their own, so that both can be donated.
+        k_NBHSK, v_NBHSK = (jnp.zeros(shape, dtype) for _ in range(2))
+        k_scale_NBHS, v_scale_NBHS = (
+            jnp.zeros(shape[:-1], jnp.float32) if dtype == "int8" else None for _ in range(2)
+        )
+        return cls(k_NBHSK, v_NBHSK, jnp.zeros(batch, jnp.int32), k_scale_NBHS, v_scale_NBHS)
 
 
 def attend(
@@ -66,11 +78,68 @@ def attend(
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Blank attention by the implementation that the configuration names, [B, T, H, K]."""
-    implementation = _IMPLEMENTATIONS[config.attention]
     q_BTHK, k_BSHK, v_BSHK = (
         constrain(x, "batch", "length", "heads", "head") for x in (q_BTHK, k_BSHK, v_BSHK)
     )
-    return implementation.attend(
+    return blank_attention.attend(
         q_BTHK, k_BSHK, v_BSHK, mask.k_start_BT, mask.k_end_BT,
-        dropout_key if config.attention_dropout else None, config.attention_dropout,
+        dropout_key, config.attention_dropout, implementation=config.attention,
     )  # fmt: skip
+
+
+def write(
+    config: GLMConfig, cache: KVCache, layer: Any, k_BTHK: jax.Array, v_BTHK: jax.Array
+) -> KVCache:
+    """The cache with T tokens of one layer in the slots from length_B on; length_B stays.
+
+    The cache must have room for length_B + T.
+    """
+    if cache.k_scale_NBHS is None:
+        arrays = {"k_NBHSK": k_BTHK, "v_NBHSK": v_BTHK}
+    else:
+        (k_BTHK, k_scale_BTH), (v_BTHK, v_scale_BTH) = map(_quantise, (k_BTHK, v_BTHK))
+        arrays = {
+            "k_NBHSK": k_BTHK, "k_scale_NBHS": k_scale_BTH,
+            "v_NBHSK": v_BTHK, "v_scale_NBHS": v_scale_BTH,
+        }  # fmt: skip
+    old, new = [getattr(cache, name) for name in arrays], list(arrays.values())
+    written = cached.write(old, layer, new, cache.length_B, config.attention)
+    return replace(cache, **dict(zip(arrays, written, strict=True)))
+
+
+def attend_cache(
+    config: GLMConfig, cache: KVCache, mask: BlankMask
+) -> Callable[[KVCache, jax.Array, jax.Array], jax.Array]:
+    """A function of (cache, layer, q_BTHK): attention of new queries over a layer of a cache."""
+    bounds = mask.k_start_BT, mask.k_end_BT
+    if mask.k_start_BT.shape[1] > cached.QUERIES:
+        return partial(_attend_layer, config, mask)
+    size, dtype = cache.k_NBHSK.shape[3], cache.k_NBHSK.dtype
+    attend_few = cached.attend_few(*bounds, size, dtype, config.attention)
+
+    def attend(cache: KVCache, layer: Any, q_BTHK: jax.Array) -> jax.Array:
+        return attend_few(
+            q_BTHK, cache.k_NBHSK, cache.v_NBHSK, layer, *bounds,
+            cache.k_scale_NBHS, cache.v_scale_NBHS,
+        )  # fmt: skip
+
+    return attend
+
+
+def _attend_layer(
+    config: GLMConfig, mask: BlankMask, cache: KVCache, layer: Any, q_BTHK: jax.Array
+) -> jax.Array:
+    """Attention of many queries over one layer, which is sliced out and in int8 scaled back."""
+    k_BHSK, v_BHSK = cache.k_NBHSK[layer], cache.v_NBHSK[layer]
+    if cache.k_scale_NBHS is not None:
+        k_BHSK = k_BHSK * cache.k_scale_NBHS[layer][..., None]
+        v_BHSK = v_BHSK * cache.v_scale_NBHS[layer][..., None]
+    k_BSHK, v_BSHK = (jnp.swapaxes(x, 1, 2).astype(q_BTHK.dtype) for x in (k_BHSK, v_BHSK))
+    return attend(config, q_BTHK, k_BSHK, v_BSHK, mask)
+
+
+def _quantise(x_BTHK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 numbers and the float32 scale of each token and head, [B, T, H]."""
+    x = x_BTHK.astype(jnp.float32)
+    scale_BTH = jnp.max(jnp.abs(x), -1) / 127
+    return jnp.round(x / jnp.maximum(scale_BTH, 1e-30)[..., None]).astype(jnp.int8), scale_BTH

@@ -5,6 +5,7 @@ that is learnt: the model continues from it with `extend`. Its keys are seen by 
 rotated, and do not shift positions.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from glmjax.config import GLMConfig
-from glmjax.model.attention import KVCache
+from glmjax.model.attention import KVCache, write
 from glmjax.model.layers import linear
 from glmjax.model.params import Initializer, Linear, ParamSpec, normal
 
@@ -56,11 +57,10 @@ def prefix_cache(config: GLMConfig, params: PrefixEncoder, batch: int, size: int
     shape = (length, config.num_layers, 2, config.num_heads, config.head_size)
     k_NPHK, v_NPHK = x_PW.reshape(shape).astype(config.dtype).transpose(2, 1, 0, 3, 4)
     cache = KVCache.empty(config, batch, size)
-    return KVCache(
-        cache.k_NBSHK.at[:, :, :length].set(k_NPHK[:, None]),
-        cache.v_NBSHK.at[:, :, :length].set(v_NPHK[:, None]),
-        jnp.full(batch, length, jnp.int32),
-    )
+    for n in range(config.num_layers):
+        k_BPHK, v_BPHK = (jnp.stack([x_NPHK[n]] * batch) for x_NPHK in (k_NPHK, v_NPHK))
+        cache = write(config, cache, n, k_BPHK, v_BPHK)
+    return replace(cache, length_B=jnp.full(batch, length, jnp.int32))
 
 
 def _uniform(bound: float) -> Initializer:

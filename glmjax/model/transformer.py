@@ -12,6 +12,7 @@ multiply them again in the softmax; that guards float16 and cancels, so it is le
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -158,28 +159,23 @@ def extend(
     """
     x_BTD = embed(config, params, tokens_BT, positions_B2T)
     angles = rotary(config, positions_B2T)
-    row_B1 = jnp.arange(tokens_BT.shape[0])[:, None]
-    slot_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    attend_cache = attention.attend_cache(config, cache, mask)
 
     def layer(carry: Any, inputs: tuple[Block, jax.Array]) -> tuple[Any, None]:
-        x_BTD, k_NBSHK, v_NBSHK = carry
+        x_BTD, cache = carry
         params_n, n = inputs
 
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, Any]:
-            keys = k_NBSHK.at[n, row_B1, slot_BT].set(k.astype(k_NBSHK.dtype))
-            values = v_NBSHK.at[n, row_B1, slot_BT].set(v.astype(v_NBSHK.dtype))
-            return attention.attend(config, q, keys[n], values[n], mask), (keys, values)
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
+            written = attention.write(config, cache, n, k, v)
+            return attend_cache(written, n, q), written
 
-        x_BTD, (k_NBSHK, v_NBSHK) = block(config, params_n, x_BTD, angles, attend)
-        return (x_BTD, k_NBSHK, v_NBSHK), None
+        return block(config, params_n, x_BTD, angles, attend), None
 
-    (x_BTD, k_NBSHK, v_NBSHK), _ = jax.lax.scan(
-        layer,
-        (x_BTD, cache.k_NBSHK, cache.v_NBSHK),
-        (params.blocks, jnp.arange(config.num_layers)),
+    (x_BTD, cache), _ = jax.lax.scan(
+        layer, (x_BTD, cache), (params.blocks, jnp.arange(config.num_layers))
     )
     x_BTD = layer_norm(params.final_norm, x_BTD, config.layer_norm_epsilon)
-    return x_BTD, KVCache(k_NBSHK, v_NBSHK, cache.length_B + count_B)
+    return x_BTD, replace(cache, length_B=cache.length_B + count_B)
 
 
 def prefill(

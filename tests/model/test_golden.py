@@ -148,9 +148,10 @@ def test_hidden_states(name):
         mask = mask.after(cache.length_B)
 
     @jax.jit
-    def block(params_n, x_BTD, k_BPHK, v_BPHK):
+    def block(params_n, x_BTD, k_BHPK, v_BHPK):
         def attend(q, k, v):
-            k, v = jnp.concatenate([k_BPHK, k], 1), jnp.concatenate([v_BPHK, v], 1)
+            k = jnp.concatenate([jnp.swapaxes(k_BHPK, 1, 2), k], 1)
+            v = jnp.concatenate([jnp.swapaxes(v_BHPK, 1, 2), v], 1)
             return attention.attend(config, q, k, v, mask), None
 
         return transformer.block(config, params_n, x_BTD, angles, attend)[0]
@@ -158,7 +159,7 @@ def test_hidden_states(name):
     states = [transformer.embed(config, params, batch.tokens_BT, batch.positions_B2T)]
     for n in range(config.num_layers):
         params_n = jax.tree.map(lambda leaf, n=n: leaf[n], params.blocks)
-        states.append(block(params_n, states[-1], cache.k_NBSHK[n], cache.v_NBSHK[n]))
+        states.append(block(params_n, states[-1], cache.k_NBHSK[n], cache.v_NBHSK[n]))
     if name.startswith("chatglm"):  # its last stored state is behind the final norm
         states[-1] = layer_norm(params.final_norm, states[-1], config.layer_norm_epsilon)
     for n, expected in zip(

@@ -279,7 +279,9 @@ def test_full_disk_is_one_sentence_and_harms_nothing(copied, tmp_path, compiled_
     *progress, sentence = result.stderr.splitlines()
     assert sentence.startswith("glmjax train: could not save ")
     assert "File too large" in sentence and "what was saved before is unharmed" in sentence
-    assert all(line.startswith(("continuing ", "step ")) for line in progress), result.stderr
+    assert all(line.startswith(("attention: ", "continuing ", "step ")) for line in progress), (
+        result.stderr
+    )
     run = Path(copied.train.run)
     # Writes under way when the save failed may leave something, which the next start clears away.
     with Checkpoints(run / "checkpoints", keep=3):

@@ -1,1 +1,116 @@
-"""Attention where query q sees the keys k_start[q] <= k < k_end[q]."""
+"""Attention where query q sees the keys k_start[q] <= k < k_end[q].
+
+`attend` is the one entry. Each implementation is a module of its own with a function
+`attend(q_BTHK, k_BSHK, v_BSHK, k_start_BT, k_end_BT, seeds_BH2, dropout)`; `reference` is the
+meaning of all of them.
+"""
+
+import functools
+import importlib
+import logging
+
+import jax
+
+from glmjax.config import AttentionImplementation
+from glmjax.kernels.blank_attention.dropout import head_seeds
+from glmjax.kernels.blank_attention.gpu import compute_capability
+from glmjax.sharding import named_sharding, per_device
+
+logger = logging.getLogger(__name__)
+
+# XLA splits these over a mesh by itself; kernels are opaque to it and get their part of the arrays.
+_XLA = ("reference", "blockwise")
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BSHK: jax.Array,
+    v_BSHK: jax.Array,
+    k_start_BT: jax.Array,
+    k_end_BT: jax.Array,
+    dropout_key: jax.Array | None = None,
+    dropout: float = 0.0,
+    *,
+    implementation: AttentionImplementation = "auto",
+) -> jax.Array:
+    """Attention output [B, T, H, K], by the implementation of that name.
+
+    "auto" takes the one made for the platform and says in the log which. Under a mesh every device
+    works on its rows and heads. Weights are dropped with probability `dropout` if a key is given.
+
+    Raises:
+        ValueError: the implementation does not exist on this platform, or a mesh axis does not
+            divide the rows or heads.
+    """
+    if uses_tpu(implementation):
+        implementation = "tpu"
+    elif implementation == "auto":
+        implementation = _automatic(platform(), q_BTHK.dtype.name, q_BTHK.shape[-1], dropout)
+    kernel = importlib.import_module(f"glmjax.kernels.blank_attention.{implementation}").attend
+    seeds_BH2, rate = None, 0.0
+    if dropout_key is not None and dropout:
+        seeds_BH2, rate = head_seeds(dropout_key, q_BTHK.shape[0], q_BTHK.shape[2]), dropout
+    arrays = q_BTHK, k_BSHK, v_BSHK, k_start_BT, k_end_BT, seeds_BH2
+    if implementation in _XLA or jax.sharding.get_abstract_mesh().size <= 1:
+        return kernel(*arrays, rate)
+    return _sharded(functools.partial(kernel, dropout=rate), *arrays)
+
+
+def platform() -> str:
+    """Where the program that is being traced will run: on the ambient mesh, else on the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device is not None else jax.default_backend()
+
+
+def uses_tpu(implementation: AttentionImplementation) -> bool:
+    """Whether an implementation is the TPU kernels here.
+
+    Raises:
+        ValueError: it is, and the program does not run on a TPU.
+    """
+    if implementation == "tpu" and platform() != "tpu":
+        raise ValueError(f"attention 'tpu' needs a TPU, and this program runs on {platform()}")
+    return implementation in ("auto", "tpu") and platform() == "tpu"
+
+
+@functools.cache
+def _automatic(
+    platform: str, dtype: str, head_size: int, dropout: float
+) -> AttentionImplementation:
+    """The implementation made for a platform; cached, so that the log says each choice once."""
+    chosen: AttentionImplementation = "tpu" if platform == "tpu" else "blockwise"
+    refusals = []
+    if platform == "gpu":
+        # The order of preference: tokamax skips hidden keys, cuDNN does not.
+        candidates: tuple[AttentionImplementation, ...] = "tokamax", "cudnn"
+        for name in candidates:
+            kernel = importlib.import_module(f"glmjax.kernels.blank_attention.{name}")
+            refusal = kernel.refusal(dtype, head_size, dropout, compute_capability())
+            if refusal is None:
+                chosen = name
+                break
+            refusals.append(refusal)
+    logger.info("; ".join([f"attention: {chosen}, chosen for {platform}", *refusals]))
+    return chosen
+
+
+def _sharded(kernel, q_BTHK, k_BSHK, v_BSHK, k_start_BT, k_end_BT, seeds_BH2):
+    """The kernel on each device's rows and heads; queries may be split too, keys never are."""
+    queries, keys = ("batch", "length", "heads", "head"), ("batch", "keys", "heads", "head")
+    # Says which rows or heads a mesh axis does not divide, before shard_map does.
+    split = named_sharding(
+        jax.sharding.get_abstract_mesh(), queries, q_BTHK.shape, "attention"
+    ).spec
+
+    def local(q_BTHK, k_BSHK, v_BSHK, k_start_BT, k_end_BT, seeds_BH2):
+        if seeds_BH2 is not None and split[1] is not None:
+            # Dropout counts queries from the start of the whole row.
+            first = jax.lax.axis_index(split[1]) * q_BTHK.shape[1]
+            seeds_BH2 = seeds_BH2.at[..., 0].add(first)
+        return kernel(q_BTHK, k_BSHK, v_BSHK, k_start_BT, k_end_BT, seeds_BH2)
+
+    rows = ("batch", "length")
+    in_axes = (queries, keys, keys, rows, rows, ("batch", "heads"))
+    return per_device(local, in_axes, queries)(
+        q_BTHK, k_BSHK, v_BSHK, k_start_BT, k_end_BT, seeds_BH2
+    )

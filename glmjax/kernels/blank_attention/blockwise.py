@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from glmjax.kernels.blank_attention.dropout import keep_scale
+from glmjax.kernels.blank_attention.dropout import keep
 
 BLOCK = 128
 
@@ -34,7 +34,7 @@ def attend(
     v_BSHK: jax.Array,
     k_start_BT: jax.Array,
     k_end_BT: jax.Array,
-    dropout_key: jax.Array | None = None,
+    seeds_BH2: jax.Array | None = None,
     dropout: float = 0.0,
 ) -> jax.Array:
     """Attention output [B, T, H, K]; holds at most B x H x BLOCK x BLOCK scores at a time."""
@@ -47,10 +47,9 @@ def attend(
         _pad(jnp.swapaxes(x, 1, 2), k * blocks.num_k, axis=2) for x in (k_BSHK, v_BSHK)
     )
     # Padded queries see nothing, padded keys are beyond every k_end.
-    k_start_BT = _pad(k_start_BT, q * blocks.num_q, axis=1)
+    k_start_BT = _pad(jnp.maximum(k_start_BT, 0), q * blocks.num_q, axis=1)
     k_end_BT = _pad(jnp.minimum(k_end_BT, size), q * blocks.num_q, axis=1)
-    rate = dropout if dropout_key is not None else 0.0
-    out_BHTK = _attend(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, dropout_key)
+    out_BHTK = _attend(blocks, dropout, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, seeds_BH2)
     return jnp.swapaxes(out_BHTK[:, :, :length], 1, 2)
 
 
@@ -87,16 +86,20 @@ def _scores(blocks, q_BHqK, k_BHkK, k_start_Bq, k_end_Bq, j):
     return s_BHqk * (q_BHqK.shape[-1] ** -0.5), visible_Bqk[:, None]
 
 
-def _tile_keep(blocks, rate, key, shape, i, j):
-    return keep_scale(jax.random.fold_in(key, i * blocks.num_k + j), shape, rate)
+def _keep_scale(blocks, rate, seeds_BH2, i, j):
+    """What dropout multiplies the weights of one tile by, float32 [B, H, q, k]."""
+    query_q1 = i * blocks.q + jnp.arange(blocks.q)[:, None]
+    key_k = j * blocks.k + jnp.arange(blocks.k)
+    query_seed, key_seed = (seeds_BH2[..., s, None, None] for s in (0, 1))
+    return keep(query_seed, key_seed, query_q1, key_k, rate) / jnp.float32(1 - rate)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, key):
-    return _forward(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, key)[0]
+def _attend(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, seeds_BH2):
+    return _forward(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, seeds_BH2)[0]
 
 
-def _forward(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, key):
+def _forward(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, seeds_BH2):
     B, H, _, K = q_BHTK.shape
 
     def query_block(_, i):
@@ -113,7 +116,7 @@ def _forward(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, key):
             rescale_BHq = jnp.exp(max_BHq - new_max_BHq)
             sum_BHq = sum_BHq * rescale_BHq + jnp.sum(p_BHqk, -1)
             if rate:
-                p_BHqk *= _tile_keep(blocks, rate, key, p_BHqk.shape, i, j)
+                p_BHqk *= _keep_scale(blocks, rate, seeds_BH2, i, j)
             update_BHqK = jnp.einsum(
                 "bhqk,bhkc->bhqc", p_BHqk.astype(v_BHSK.dtype), _slice(v_BHSK, j, blocks.k),
                 preferred_element_type=jnp.float32,
@@ -138,11 +141,11 @@ def _forward(blocks, rate, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, key):
     lse_BHT = jnp.moveaxis(lse_nBHq, 0, 2).reshape(q_BHTK.shape[:3])
     # Remat policies may keep these by name, so that the loop does not run again.
     out_BHTK, lse_BHT = (checkpoint_name(x, "attention") for x in (out_BHTK, lse_BHT))
-    return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, key, out_BHTK, lse_BHT)
+    return out_BHTK, (q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, seeds_BH2, out_BHTK, lse_BHT)
 
 
 def _backward(blocks, rate, residuals, d_out_BHTK):
-    q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, key, out_BHTK, lse_BHT = residuals
+    q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, seeds_BH2, out_BHTK, lse_BHT = residuals
     scale = q_BHTK.shape[-1] ** -0.5
     # Rowwise sum of weights times their gradient; dropout does not change this identity.
     delta_BHT = jnp.einsum(
@@ -164,7 +167,7 @@ def _backward(blocks, rate, residuals, d_out_BHTK):
             )
             dropped_BHqk = p_BHqk
             if rate:
-                keep_BHqk = _tile_keep(blocks, rate, key, p_BHqk.shape, i, j)
+                keep_BHqk = _keep_scale(blocks, rate, seeds_BH2, i, j)
                 dropped_BHqk, dp_BHqk = p_BHqk * keep_BHqk, dp_BHqk * keep_BHqk
             ds_BHqk = (p_BHqk * (dp_BHqk - delta_BHq[..., None]) * scale).astype(q_BHTK.dtype)
             product = partial(jnp.einsum, preferred_element_type=jnp.float32)

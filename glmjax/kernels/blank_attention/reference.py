@@ -8,7 +8,7 @@ A query that sees no key gives zeros and a zero gradient.
 import jax
 import jax.numpy as jnp
 
-from glmjax.kernels.blank_attention.dropout import keep_scale
+from glmjax.kernels.blank_attention.dropout import keep
 
 
 def attend(
@@ -17,7 +17,7 @@ def attend(
     v_BSHK: jax.Array,
     k_start_BT: jax.Array,
     k_end_BT: jax.Array,
-    dropout_key: jax.Array | None = None,
+    seeds_BH2: jax.Array | None = None,
     dropout: float = 0.0,
 ) -> jax.Array:
     """Attention output [B, T, H, K] in the type of v; holds a B x H x T x S array."""
@@ -29,8 +29,11 @@ def attend(
     visible_BHTS = visible_BTS[:, None]
     weights_BHTS = jax.nn.softmax(jnp.where(visible_BHTS, scores_BHTS, -1e30), axis=-1)
     weights_BHTS = jnp.where(visible_BHTS, weights_BHTS, 0)
-    if dropout_key is not None:
-        weights_BHTS *= keep_scale(dropout_key, weights_BHTS.shape, dropout)
+    if seeds_BH2 is not None:
+        query_seed, key_seed = (seeds_BH2[..., s, None, None] for s in (0, 1))
+        query_T1 = jnp.arange(q_BTHK.shape[1])[:, None]
+        weights_BHTS *= keep(query_seed, key_seed, query_T1, key_S, dropout)
+        weights_BHTS /= jnp.float32(1 - dropout)
     return jnp.einsum(
         "bhts,bshk->bthk", weights_BHTS.astype(v_BSHK.dtype), v_BSHK,
         preferred_element_type=jnp.float32,
