@@ -24,7 +24,7 @@ The GLM family in JAX. Commands:
 
   train EXPERIMENT   train a model; the same command again continues the run
   infill TEXT ...    fill the [MASK], [sMASK] and [gMASK] blanks of texts
-  bench WHAT         measure speed: data, train
+  bench WHAT         measure speed: data, train, attention
 
 `glmjax COMMAND --help` explains a command and gives examples.
 """
@@ -52,10 +52,17 @@ BENCH_HELP = """Measures speed on this machine.
 
   data    rate of the input pipeline at length 2048, from a prepared corpus and on line
   train   a training step of 5M and 110M parameters, beside the same model in PyTorch if installed
+  attention --gpu     milliseconds of all implementations on a GPU, beside FlexAttention; writes
+                      experiments/results
+  attention --static  cycles of the TPU kernels, compiled for chips that are not there, beside
+                      splash attention; needs pip install "glmjax[tpu]", no TPU
 
 examples:
   glmjax bench data
-  glmjax bench train --json"""
+  glmjax bench train --json
+  glmjax bench attention --static
+  glmjax bench attention --static --chips v4 v5e v5p v6e tpu7x
+  glmjax bench attention --tune --chips v5p"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -238,18 +245,47 @@ def _find_tokenizer(checkpoint: Path) -> Path:
 
 @dataclass(frozen=True)
 class BenchFlags:
-    what: tyro.conf.Positional[Literal["data", "train"]]
+    what: tyro.conf.Positional[Literal["data", "train", "attention"]]
     """What to measure."""
     json: bool = False
     """Print one JSON object instead of a table."""
+    gpu: bool = False
+    """attention: time it on the GPU of this machine."""
+    static: bool = False
+    """attention: count the cycles of compiled TPU kernels."""
+    tune: bool = False
+    """attention: look for the tile sizes with the fewest cycles and keep them."""
+    chips: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v5p", "v6e")
+    """attention: the TPU generations to compile for."""
 
 
 def _bench(arguments: list[str]) -> int:
     flags = tyro.cli(BenchFlags, args=arguments, prog="glmjax bench", description=BENCH_HELP)
-    module = importlib.import_module(f"glmjax.benchmarks.{flags.what}")
-    results = module.run()
+    if flags.what == "attention":
+        results, show = _bench_attention(flags)
+    else:
+        module = importlib.import_module(f"glmjax.benchmarks.{flags.what}")
+        results, show = module.run(), module.show
     if flags.json:
         print(json.dumps(results))
     else:
-        module.show(results)
+        show(results)
     return 0
+
+
+def _bench_attention(flags: BenchFlags) -> tuple[dict[str, Any], Callable[[dict[str, Any]], None]]:
+    if flags.gpu + flags.static + flags.tune != 1:
+        raise ValueError("say what to do with attention: --gpu, --static or --tune")
+    if flags.gpu:
+        from glmjax.benchmarks import attention_gpu
+
+        results = attention_gpu.run()
+        attention_gpu.save(results)
+        return results, attention_gpu.show
+    if flags.tune:
+        from glmjax.benchmarks import attention_tiles
+
+        return attention_tiles.run(flags.chips), attention_tiles.show
+    from glmjax.benchmarks import attention_static
+
+    return attention_static.run(flags.chips), attention_static.show

@@ -54,7 +54,7 @@ def test_overview_names_every_command(capsys, arguments):
     [
         (["train"], ["glmjax train experiments/quickstart.py", "--mesh.fsdp 4 --json"]),
         (["infill"], ["glmjax infill --checkpoint runs/quickstart", "--json < texts.txt"]),
-        (["bench"], ["glmjax bench data", "glmjax bench train --json"]),
+        (["bench"], ["glmjax bench data", "glmjax bench attention --static"]),
     ],
     ids=["train", "infill", "bench"],
 )
@@ -90,6 +90,9 @@ def test_help_of_an_experiment_explains_fields_and_shows_its_values(capsys, expe
         (["infill", "--checkpoint", "RUN", "--beams", "2", "a [MASK]"], "--beams"),
         (["bench", "speed"], "speed"),
         (["bench"], "What to measure"),
+        (["bench", "attention"], "say what to do with attention: --gpu, --static or --tune"),
+        (["bench", "attention", "--gpu"], "needs an NVIDIA GPU, and jax finds only cpu"),
+        (["bench", "attention", "--static", "--chips", "v9"], "v9"),
     ],
     ids=lambda value: " ".join(value)[:50] if isinstance(value, list) else "",
 )
