@@ -61,7 +61,7 @@ examples:
   glmjax bench data
   glmjax bench train --json
   glmjax bench attention --static
-  glmjax bench attention --static --chips v4 v5e v5p v6e tpu7x
+  glmjax bench attention --static --chips v4 v5e v5p v6e
   glmjax bench attention --tune --chips v5p"""
 
 
@@ -255,7 +255,7 @@ class BenchFlags:
     """attention: count the cycles of compiled TPU kernels."""
     tune: bool = False
     """attention: look for the tile sizes with the fewest cycles and keep them."""
-    chips: tuple[Literal["v4", "v5e", "v5p", "v6e", "tpu7x"], ...] = ("v5p", "v6e")
+    chips: tuple[Literal["v4", "v5e", "v5p", "v6e"], ...] = ("v5p", "v6e")
     """attention: the TPU generations to compile for."""
 
 

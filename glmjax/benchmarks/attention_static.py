@@ -30,9 +30,9 @@ from glmjax.kernels.blank_attention import tpu
 from glmjax.kernels.blank_attention.tiles import Tiles, tiles_for
 from glmjax.planning.bundles import Program, execute, read_program
 from glmjax.planning.prefetch import prefetched_scalars
-from glmjax.planning.topologies import GENERATIONS, absent_mesh, compile_absent
+from glmjax.planning.topologies import GENERATIONS, Generation, absent_mesh, compile_absent
 
-LENGTH, HEAD_SIZE, ROWS, HEADS = 2048, 128, 2, 12
+LENGTH, HEAD_SIZE, ROWS, HEADS = 2048, 128, 2, 24
 PREFIXES = 0, 700, 1400, 2048
 PACKED = {"8 x 256": (256,) * 8, "8 ragged": (97, 411, 180, 305, 256, 350, 149, 300)}
 BLOCK = 512
@@ -110,21 +110,22 @@ class Kernels:
     tiles: Tiles
     length: int
     head_size: int
-    cores: int
+    chip: Generation
 
     def count(self, mask: Intervals) -> dict[str, dict[str, Any]]:
         """For each pass the static cycles per row and head, the fullest unit and the spills."""
         array = jnp.zeros((ROWS, self.length, HEADS, self.head_size), jnp.bfloat16)
         bounds = [jnp.broadcast_to(x_T, (ROWS, self.length)) for x_T in mask]
         scalars = prefetched_scalars(partial(_both_passes, self.tiles), *[array] * 4, *bounds)
+        per_head = self.chip.cores / (ROWS * HEADS)
         results = {}
         for kind, kernel in KERNELS.items():
-            counts = execute(self.programs[kind], scalars[kernel])
+            counts = execute(self.programs[kind], scalars[kernel], self.chip.delay_slots)
             unit, share = counts.busiest()
             results[kind] = {
-                "cycles": round(counts.cycles * self.cores / (ROWS * HEADS)),
+                "cycles": round(counts.cycles * per_head),
                 "busiest": f"{unit} {share:.0%}",
-                "spills": round(counts.slots("VSTORE:SPILL") * self.cores / (ROWS * HEADS)),
+                "spills": round(counts.slots("VSTORE:SPILL") * per_head),
             }
         return results
 
@@ -139,7 +140,7 @@ def compile_attention(
         folder = Path(name)
         compile_absent(_compile_attention, generation, length, head_size, tiles, dump=folder)
         programs = {kind: read_program(folder, kernel) for kind, kernel in KERNELS.items()}
-    return Kernels(programs, tiles, length, head_size, chip.cores)
+    return Kernels(programs, tiles, length, head_size, chip)
 
 
 def _compile_attention(generation: str, length: int, head_size: int, tiles: Tiles) -> None:
@@ -167,11 +168,12 @@ def _splash(generation: str, context: int) -> dict[str, int]:
         forward, gradients = _splash_passes(context)
         scalars = prefetched_scalars(forward, *[array] * 3)
         scalars |= prefetched_scalars(gradients, *[array] * 4)
-        per_head = GENERATIONS[generation].cores / (ROWS * HEADS)
-        return {
-            kind: round(execute(read_program(folder, kernel), scalars[kernel]).cycles * per_head)
-            for kind, kernel in SPLASH.items()
-        }
+        chip = GENERATIONS[generation]
+        cycles = {}
+        for kind, kernel in SPLASH.items():
+            counts = execute(read_program(folder, kernel), scalars[kernel], chip.delay_slots)
+            cycles[kind] = round(counts.cycles * chip.cores / (ROWS * HEADS))
+        return cycles
 
 
 def _compile_splash(generation: str, context: int) -> None:

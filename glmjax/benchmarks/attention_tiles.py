@@ -23,18 +23,21 @@ logger = logging.getLogger(__name__)
 HEAD_SIZES = 64, 128
 LENGTHS = 2048, 8192
 MIB = 2**20
-# Heads worked on together need VMEM, of which the v4 has 16 MiB and others 64 or more. More heads are
-# faster by count, but make programs so long that fetching instructions might not keep up.
+# Heads worked on together need VMEM, of which the v4 has 16 MiB and others 64 or more.
 FORWARD = [
     ForwardTiles(block_q, 512, block_h, vmem * MIB)
     for block_q in (256, 512)
-    for block_h, vmem in ((1, 15), (3, 15), (4, 32), (6, 32))
+    for block_h, vmem in ((1, 15), (3, 15), (4, 32), (6, 32), (8, 48))
 ]
 BACKWARD = [
     BackwardTiles(512, 512, edge, block_h, vmem * MIB)
     for edge in (256, 512)
-    for block_h, vmem in ((1, 16), (2, 32), (2, 60), (4, 60))
+    for block_h, vmem in ((1, 16), (2, 32), (2, 60), (4, 60), (8, 60))
 ]
+
+# More heads are faster by count, but how long a program may be before its instructions come too
+# late is not known without a TPU.
+MOST_BUNDLES = 16_384
 
 
 def run(
@@ -93,6 +96,8 @@ def _best(
         counts = [kernels.count(mask) for mask in masks]
         for kind, part in tiles._asdict().items():
             cycles = sum(count[kind]["cycles"] for count in counts)
+            if len(kernels.programs[kind].bundles) > MOST_BUNDLES:
+                continue
             if kind not in best or cycles < best[kind][1]:
                 best[kind] = part, cycles
     return best

@@ -18,8 +18,6 @@ import numpy as np
 
 Value = int | bool | None  # None: not known, since a vector unit or an address decides it
 
-# After a branch, that many more bundles issue before the program goes on elsewhere.
-_DELAY_SLOTS = 4
 # Where operands and scalar memory are put, far from all numbers a program counts with.
 _OPERAND = 2**44
 _MEMORY = 2**40
@@ -107,6 +105,7 @@ def parse_program(bundles_text: str, usage_text: str) -> Program:
         for layout in re.finditer(r"\[shape: (\w+)\[([\d,]*)\], index: (\d+)", text):
             type, shape, index = layout.groups()
             layouts[int(index)] = type, tuple(int(size) for size in shape.split(",") if size)
+        text = text.replace("<no memory space>", "register")
         body = _without_comments(text).split("{", 1)[1].rsplit("}", 1)[0]
         parsed = [_parse_instruction(part.strip()) for part in body.split(";;")]
         bundles.append(tuple(instruction for instruction in parsed if instruction))
@@ -140,7 +139,10 @@ _INSTRUCTION = re.compile(
 
 def _parse_instruction(text: str) -> Instruction | None:
     match = _INSTRUCTION.match(text)
-    if match is None or match["opcode"] not in _OPCODES:
+    if match is None or match["opcode"].startswith(_ALIASES):
+        return None
+    writes_scalar = re.fullmatch(r"[sp]\d+", _register(match["destination"]))
+    if not writes_scalar and not re.fullmatch(r"sst|sbr.*|dma\..*_to_smem", match["opcode"]):
         return None
     operands = tuple(part.strip() for part in match["operands"].split(",") if part.strip())
     place = (f"[{match['place']}]",) if match["place"] else ()
@@ -157,12 +159,12 @@ def _register(name: str) -> str:
 
 
 def _wrap(value: int) -> int:
-    """Registers are 32 bits wide; larger numbers are addresses and stay whole."""
-    return (value + 2**31) % 2**32 - 2**31 if abs(value) < 2**34 else value
+    """Registers are 32 bits wide."""
+    return (value + 2**31) % 2**32 - 2**31
 
 
 def _unsigned(value: int) -> int:
-    return value % 2**32 if abs(value) < 2**34 else value
+    return value % 2**32 if value < _MEMORY else value
 
 
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
@@ -201,25 +203,42 @@ _ARITHMETIC: dict[str, Callable[..., int]] = {
         for name, compare in _COMPARE.items()
     },
 }
-# What these give is an address or comes from a vector: not known here.
-_UNKNOWN = ("spop", "scalar_lea.vmem", "scalar_lea.hbm", "scalar_lea.sflag", "scalar_lea.smem")
-_COPIES = ("dma.hbm_to_smem", "dma.vmem_to_smem")
-_OPERANDS = ("inlined_call_operand.hbm", "inlined_call_operand.vmem", "inlined_call_operand.smem")
-_OPCODES = {*_ARITHMETIC, *_UNKNOWN, *_COPIES, *_OPERANDS, "sld", "sst", "sbr.rel"}
 
 
-def execute(program: Program, operands: Sequence[np.ndarray], most: int = 10_000_000) -> Counts:
+def _arithmetic(opcode: str, values: list[Value]) -> Value:
+    """The result, unknown if an operand is. Addresses are not wrapped to 32 bits."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    result = _ARITHMETIC[opcode](*known)
+    return result if isinstance(result, bool) or max(known) >= _MEMORY else _wrap(result)
+
+
+# Names for what a register holds already.
+_ALIASES = ("sphi", "int_to_ptr")
+
+
+def execute(
+    program: Program,
+    operands: Sequence[np.ndarray],
+    delay_slots: int | None,
+    most: int = 10_000_000,
+) -> Counts:
     """Runs the scalar instructions of a kernel on its first core.
 
     Args:
         program: The kernel.
         operands: Its scalar-prefetch operands, int32 or int8, in order.
+        delay_slots: How many bundles issue after a branch before the program goes on elsewhere;
+            None where that is not known.
         most: Bundles after which the run is given up.
 
     Raises:
         ValueError: an operand does not fit, a branch depends on something that only a vector unit
             knows, or the program does not end.
     """
+    if delay_slots is None:
+        raise ValueError("cycles cannot be counted where it is not known how branches take effect")
     core = _ScalarCore(program, operands)
     issued = np.zeros(len(program.bundles), np.int64)
     at, target, delay = 0, 0, 0
@@ -229,7 +248,7 @@ def execute(program: Program, operands: Sequence[np.ndarray], most: int = 10_000
         issued[at] += 1
         label = core.issue(program.bundles[at])
         if label is not None:
-            target, delay = program.labels[label], _DELAY_SLOTS + 1
+            target, delay = program.labels[label], delay_slots + 1
         delay -= 1
         at = target if delay == 0 else at + 1
     raise ValueError(f"the program did not end within {most} bundles")
@@ -253,15 +272,15 @@ class _ScalarCore:
         writes: dict[str, Value] = {}
         label = None
         for instruction in bundle:
-            holds = True
-            if instruction.guard is not None:
-                positive, register = instruction.guard
-                known = self.registers.get(register)
-                holds = known is not None and bool(known) == positive
-                if known is None and instruction.opcode == "sbr.rel":
-                    raise ValueError(f"a branch depends on an unknown predicate: {instruction}")
+            positive, register = instruction.guard or (True, "")
+            guard: Value = self.registers.get(register) if register else True
+            holds = guard is not None and bool(guard) == positive
+            if guard is None and instruction.opcode == "sbr.rel":
+                raise ValueError(f"{instruction} depends on an unknown predicate")
             if instruction.opcode == "sbr.rel":
                 label = instruction.operands[0].split("=")[1].strip() if holds else label
+            elif guard is None:
+                self.forget(instruction, writes)
             elif holds:
                 self.run(instruction, writes)
             elif instruction.otherwise is not None:
@@ -271,21 +290,29 @@ class _ScalarCore:
 
     def run(self, instruction: Instruction, writes: dict[str, Value]) -> None:
         opcode, texts = instruction.opcode, instruction.operands
-        if opcode in _OPERANDS:
-            (index,) = re.findall(r"index: (\d+)", ",".join(texts))
-            writes[instruction.destination] = _OPERAND + int(index)
-        elif opcode in _UNKNOWN:
-            writes[instruction.destination] = None
-        elif opcode in _COPIES:
+        if opcode == "inlined_call_operand.register":
+            writes[instruction.destination] = int(self.operands[_index(texts)].item())
+        elif opcode.startswith("inlined_call_operand"):
+            writes[instruction.destination] = _OPERAND + _index(texts)
+        elif opcode.endswith("_to_smem"):
             self.prefetch(self.value(texts[0]), self.value(texts[2]))
         elif opcode == "sld":
             writes[instruction.destination] = self.memory.get(self.value(texts[0]))
         elif opcode == "sst":
             self.memory[self.value(texts[0])] = self.value(texts[1])
+        elif opcode not in _ARITHMETIC:
+            # An address, or a value from a vector unit.
+            writes[instruction.destination] = None
         else:
             values = [self.value(text) for text in texts]
-            result = None if None in values else _ARITHMETIC[opcode](*values)
-            writes[instruction.destination] = _wrap(result) if type(result) is int else result
+            writes[instruction.destination] = _arithmetic(opcode, values)
+
+    def forget(self, instruction: Instruction, writes: dict[str, Value]) -> None:
+        """What an instruction would write is not known."""
+        if instruction.opcode == "sst":
+            self.memory[self.value(instruction.operands[0])] = None
+        else:
+            writes[instruction.destination] = None
 
     def value(self, text: str) -> Value:
         """The value of an operand: a number, a register, or a sum of those and an allocation."""
@@ -322,3 +349,9 @@ class _ScalarCore:
         assert isinstance(destination, int)
         for r, row in enumerate(words_rc.tolist()):
             self.memory.update({destination + 128 * r + c: word for c, word in enumerate(row)})
+
+
+def _index(texts: Sequence[str]) -> int:
+    """The number of an operand."""
+    (index,) = re.findall(r"index: (\d+)", ",".join(texts))
+    return int(index)

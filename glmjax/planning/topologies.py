@@ -30,6 +30,8 @@ class Generation:
     """Rows and columns of a matrix unit: shorter sides of a product leave part of it idle."""
     flops_per_cycle: int
     """Of all matrix units in bfloat16."""
+    delay_slots: int | None
+    """Bundles that issue after a branch, read off compiled programs; None where it varies."""
     chip_config: str | None = None
     """How the cores of a chip become devices, where libtpu's default is not what jobs run on."""
 
@@ -40,11 +42,11 @@ class Generation:
 
 
 GENERATIONS: dict[str, Generation] = {
-    "v4": Generation("TPU v4", "v4:2x2x1", 2, 128, 131_072, chip_config="megacore"),
-    "v5e": Generation("TPU v5 lite", "v5e:2x2", 1, 128, 131_072),
-    "v5p": Generation("TPU v5", "v5p:2x2x1", 2, 128, 131_072),
-    "v6e": Generation("TPU v6 lite", "v6e:2x2", 1, 256, 524_288),
-    "tpu7x": Generation("TPU7x", "tpu7x:2x2x1", 1, 256, 524_288),
+    "v4": Generation("TPU v4", "v4:2x2x1", 2, 128, 131_072, 1, chip_config="megacore"),
+    "v5e": Generation("TPU v5 lite", "v5e:2x2", 1, 128, 131_072, 4),
+    "v5p": Generation("TPU v5", "v5p:2x2x1", 2, 128, 131_072, 4),
+    "v6e": Generation("TPU v6 lite", "v6e:2x2", 1, 256, 524_288, 4),
+    "tpu7x": Generation("TPU7x", "tpu7x:2x2x1", 1, 256, 524_288, None),
 }
 
 
