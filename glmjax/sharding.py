@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glmjax.config import MeshConfig
 
@@ -88,6 +88,12 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(axes))
+
+
+def target_device() -> jax.Device | AbstractDevice:
+    """What the program that is being traced will run on: of the ambient mesh, else the default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device if device is not None else jax.devices()[0]
 
 
 def per_device(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Callable[..., Any]:

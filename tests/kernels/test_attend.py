@@ -11,7 +11,7 @@ from jax.sharding import AxisType
 
 from glmjax import sharding
 from glmjax.kernels import blank_attention
-from glmjax.kernels.blank_attention import reference
+from glmjax.kernels.blank_attention import reference, tpu
 
 
 def inputs(batch=4, length=24, heads=2):
@@ -30,6 +30,19 @@ def test_automatic_choice_is_said_once(caplog):
     assert caplog.messages == ["attention: blockwise, chosen for cpu"]
     named = blank_attention.attend(*inputs(), implementation="blockwise")
     np.testing.assert_array_equal(automatic, named)
+
+
+def test_automatic_choice_on_tpus(monkeypatch, caplog):
+    """The Pallas kernels, and the log says so."""
+    monkeypatch.setattr(blank_attention, "platform", lambda: "tpu")
+    monkeypatch.setattr(tpu, "attend", lambda *arrays: "the kernels")
+    blank_attention._automatic.cache_clear()
+    with caplog.at_level(logging.INFO, logger="glmjax"):
+        for implementation in ("auto", "tpu"):
+            out = blank_attention.attend(*inputs(), implementation=implementation)
+            assert out == "the kernels"
+    blank_attention._automatic.cache_clear()
+    assert caplog.messages == ["attention: tpu, chosen for tpu"]
 
 
 @pytest.mark.parametrize(

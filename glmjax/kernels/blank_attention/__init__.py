@@ -14,7 +14,7 @@ import jax
 from glmjax.config import AttentionImplementation
 from glmjax.kernels.blank_attention.dropout import head_seeds
 from glmjax.kernels.blank_attention.gpu import compute_capability
-from glmjax.sharding import named_sharding, per_device
+from glmjax.sharding import named_sharding, per_device, target_device
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +42,8 @@ def attend(
         ValueError: the implementation does not exist on this platform, or a mesh axis does not
             divide the rows or heads.
     """
-    if uses_tpu(implementation):
-        implementation = "tpu"
-    elif implementation == "auto":
+    require_platform(implementation)
+    if implementation == "auto":
         implementation = _automatic(platform(), q_BTHK.dtype.name, q_BTHK.shape[-1], dropout)
     kernel = importlib.import_module(f"glmjax.kernels.blank_attention.{implementation}").attend
     seeds_BH2, rate = None, 0.0
@@ -57,19 +56,19 @@ def attend(
 
 
 def platform() -> str:
-    """Where the program that is being traced will run: on the ambient mesh, else on the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device is not None else jax.default_backend()
+    """Where the program that is being traced will run: "cpu", "gpu" or "tpu"."""
+    return target_device().platform
+
+
+def require_platform(implementation: AttentionImplementation) -> None:
+    """Raises ValueError if the implementation is the TPU kernels and the program runs elsewhere."""
+    if implementation == "tpu" and platform() != "tpu":
+        raise ValueError(f"attention 'tpu' needs a TPU, and this program runs on {platform()}")
 
 
 def uses_tpu(implementation: AttentionImplementation) -> bool:
-    """Whether an implementation is the TPU kernels here.
-
-    Raises:
-        ValueError: it is, and the program does not run on a TPU.
-    """
-    if implementation == "tpu" and platform() != "tpu":
-        raise ValueError(f"attention 'tpu' needs a TPU, and this program runs on {platform()}")
+    """Whether an implementation is the TPU kernels here; raises like `require_platform`."""
+    require_platform(implementation)
     return implementation in ("auto", "tpu") and platform() == "tpu"
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from glmjax.kernels.blank_attention.dropout import keep
+from glmjax.kernels.blank_attention.padding import pad
 
 BLOCK = 128
 
@@ -42,13 +43,13 @@ def attend(
     q = _block_size(length)
     k = _block_size(size)
     blocks = _Blocks(q, k, -(-length // q), -(-size // k))
-    q_BHTK = _pad(jnp.swapaxes(q_BTHK, 1, 2), q * blocks.num_q, axis=2)
+    q_BHTK = pad(jnp.swapaxes(q_BTHK, 1, 2), q * blocks.num_q, axis=2)
     k_BHSK, v_BHSK = (
-        _pad(jnp.swapaxes(x, 1, 2), k * blocks.num_k, axis=2) for x in (k_BSHK, v_BSHK)
+        pad(jnp.swapaxes(x, 1, 2), k * blocks.num_k, axis=2) for x in (k_BSHK, v_BSHK)
     )
     # Padded queries see nothing, padded keys are beyond every k_end.
-    k_start_BT = _pad(jnp.maximum(k_start_BT, 0), q * blocks.num_q, axis=1)
-    k_end_BT = _pad(jnp.minimum(k_end_BT, size), q * blocks.num_q, axis=1)
+    k_start_BT = pad(jnp.maximum(k_start_BT, 0), q * blocks.num_q, axis=1)
+    k_end_BT = pad(jnp.minimum(k_end_BT, size), q * blocks.num_q, axis=1)
     out_BHTK = _attend(blocks, dropout, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, seeds_BH2)
     return jnp.swapaxes(out_BHTK[:, :, :length], 1, 2)
 
@@ -57,11 +58,6 @@ def _block_size(length: int) -> int:
     """The smallest multiple of 8 that cuts the length into the fewest blocks of at most BLOCK."""
     num_blocks = -(-length // BLOCK)
     return -(-length // (8 * num_blocks)) * 8 if length > 8 else length
-
-
-def _pad(x: jax.Array, size: int, axis: int) -> jax.Array:
-    widths = [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths) if size > x.shape[axis] else x
 
 
 def _slice(x: jax.Array, index: jax.Array, size: int, axis: int = 2) -> jax.Array:

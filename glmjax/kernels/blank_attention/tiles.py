@@ -9,8 +9,6 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
-
 from glmjax.kernels.blank_attention.tpu_backward import BackwardTiles
 from glmjax.kernels.blank_attention.tpu_forward import ForwardTiles
 
@@ -22,12 +20,6 @@ class Tiles(NamedTuple):
 
     forward: ForwardTiles
     backward: BackwardTiles
-
-
-def device_kind() -> str:
-    """What the program that is being traced will run on: the ambient mesh, else the default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
 def tiles_for(device_kind: str, head_size: int, length: int) -> Tiles:

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas import tpu as pltpu
 
-from glmjax.kernels.blank_attention.tiles import Tiles, device_kind, tiles_for
+from glmjax.kernels.blank_attention.padding import pad
+from glmjax.kernels.blank_attention.tiles import Tiles, tiles_for
 from glmjax.kernels.blank_attention.tpu_backward import backward
 from glmjax.kernels.blank_attention.tpu_forward import LANES, forward
+from glmjax.sharding import target_device
 
 
 class _Static(NamedTuple):
@@ -47,12 +49,12 @@ def attend(
     """
     _, length, heads, head_size = q_BTHK.shape
     size = k_BSHK.shape[1]
-    tiles = tiles or tiles_for(device_kind(), head_size, max(length, size))
+    tiles = tiles or tiles_for(target_device().device_kind, head_size, max(length, size))
     tiles, padded_length, padded_size = _fit(tiles, length, size, heads)
-    q_BHTK = _pad(jnp.swapaxes(q_BTHK, 1, 2), padded_length, axis=2)
-    k_BHSK, v_BHSK = (_pad(jnp.swapaxes(x, 1, 2), padded_size, axis=2) for x in (k_BSHK, v_BSHK))
-    k_start_BT = _pad(jnp.maximum(k_start_BT, 0), padded_length, axis=1)
-    k_end_BT = _pad(jnp.minimum(k_end_BT, size), padded_length, axis=1)
+    q_BHTK = pad(jnp.swapaxes(q_BTHK, 1, 2), padded_length, axis=2)
+    k_BHSK, v_BHSK = (pad(jnp.swapaxes(x, 1, 2), padded_size, axis=2) for x in (k_BSHK, v_BSHK))
+    k_start_BT = pad(jnp.maximum(k_start_BT, 0), padded_length, axis=1)
+    k_end_BT = pad(jnp.minimum(k_end_BT, size), padded_length, axis=1)
     static = _Static(tiles, head_size**-0.5, dropout, interpret)
     out_BHTK = _attend(static, q_BHTK, k_BHSK, v_BHSK, k_start_BT, k_end_BT, seeds_BH2)
     return jnp.swapaxes(out_BHTK[:, :, :length], 1, 2)
@@ -86,11 +88,6 @@ def _blocks(length: int, most: int) -> tuple[int, int]:
 def _divisor(size: int, most: int, unit: int) -> int:
     """The largest multiple of a unit, at most `most`, that divides a size."""
     return next(n for n in range(most // unit * unit, 0, -unit) if size % n == 0)
-
-
-def _pad(x: jax.Array, size: int, axis: int) -> jax.Array:
-    widths = [(0, size - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths) if size > x.shape[axis] else x
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
