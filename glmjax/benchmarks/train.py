@@ -21,7 +21,7 @@ from glmjax.model.params import count_params
 from glmjax.presets import get_config
 from glmjax.sharding import make_mesh
 from glmjax.training.metrics import flops
-from glmjax.training.step import init_state, put_batch, train_step
+from glmjax.training.step import Controls, init_state, put_batch, train_step
 
 Step = Callable[[], None]
 
@@ -135,12 +135,13 @@ def _glmjax_step(config: GLMConfig, rows: int, length: int, context: int) -> Ste
     with jax.set_mesh(mesh):
         state = init_state(experiment, mesh)
         on_device = put_batch(mesh, batch)
-    scalars = jax.device_put((np.int32(1), np.float32(1e-4)), NamedSharding(mesh, PartitionSpec()))
+    controls = Controls(np.int32(1), np.float32(1e-4))
+    controls = jax.device_put(controls, NamedSharding(mesh, PartitionSpec()))
 
     def step() -> None:
         nonlocal state
         with jax.set_mesh(mesh):
-            state, metrics = train_step(experiment, state, on_device, *scalars)
+            state, metrics = train_step(experiment, state, on_device, controls)
         jax.block_until_ready((state, metrics))
 
     return step

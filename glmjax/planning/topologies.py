@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
@@ -61,17 +62,31 @@ def absent_mesh(generation: str, *sizes: int) -> Mesh:
     """
     if generation not in GENERATIONS:
         raise ValueError(f"no TPU generation {generation!r}; known are {', '.join(GENERATIONS)}")
-    chip = GENERATIONS[generation]
-    options = {"chip_config_name": chip.chip_config} if chip.chip_config else {}
-    devices = topologies.get_topology_desc(
-        platform="tpu", topology_name=chip.topology, **options
-    ).devices
     shape = sizes or (1, 1, 1)
+    devices = absent_devices(GENERATIONS[generation].topology)
     return Mesh(
         np.array(devices[: math.prod(shape)]).reshape(shape),
         ("data", "fsdp", "tensor"),
         axis_types=(AxisType.Auto,) * 3,
     )
+
+
+def absent_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
+    """Devices of slices that are not there, such as v5p:4x4x8, for `glmjax.sharding.make_mesh`.
+
+    As `absent_mesh`, for a process that libtpu has to itself.
+
+    Raises:
+        ValueError: there is no such generation or libtpu knows no such topology.
+    """
+    generation = topology.partition(":")[0]
+    if generation not in GENERATIONS:
+        raise ValueError(f"no TPU generation {generation!r}; known are {', '.join(GENERATIONS)}")
+    chip = GENERATIONS[generation]
+    options: dict[str, Any] = {"chip_config_name": chip.chip_config} if chip.chip_config else {}
+    if num_slices > 1:
+        options["num_slices"] = num_slices
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
 def compile_absent(

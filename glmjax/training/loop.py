@@ -18,16 +18,16 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glmjax.config import Experiment, TrainConfig, config_to_json, parse_range
+from glmjax.config import Experiment, config_to_json, parse_range
 from glmjax.data.baselines import count_targets, uniform_loss, unigram_loss
 from glmjax.data.blanks import OBJECTIVES, Batch
 from glmjax.data.cache import write_whole
 from glmjax.data.pipeline import batches, make_dataset, make_heldout_dataset
 from glmjax.data.prepare import Corpora, prepare
-from glmjax.data.ramp import batch_size_at, batch_sizes, rows_before
+from glmjax.data.ramp import batch_size_at, rows_before
 from glmjax.data.tokenizers import check_vocabulary
 from glmjax.model.params import Params, count_params
-from glmjax.sharding import RULES, make_mesh
+from glmjax.sharding import make_mesh
 from glmjax.training.checkpoint import Checkpoints
 from glmjax.training.metrics import (
     Writer,
@@ -41,12 +41,15 @@ from glmjax.training.optimizer import learning_rate
 from glmjax.training.plot import plot_losses
 from glmjax.training.progress import Progress
 from glmjax.training.step import (
+    Controls,
     StepMetrics,
     TrainState,
     abstract_state,
     evaluate_step,
     init_state,
+    microbatch_size,
     put_batch,
+    step_settings,
     train_step,
 )
 
@@ -118,7 +121,7 @@ def fit(experiment: Experiment) -> Summary:
 
     # Devices
     mesh = make_mesh(experiment.mesh)
-    microbatch = _microbatch_size(experiment, mesh)
+    microbatch = microbatch_size(experiment, mesh)
     room = train.batch_size // microbatch
     everywhere = NamedSharding(mesh, PartitionSpec())
 
@@ -145,11 +148,8 @@ def fit(experiment: Experiment) -> Summary:
         writers = open_writers(experiment) if is_main else []
         progress.start(first_step, run)
 
-        # A step is compiled for these settings: a run of another length or folder shares it
-        step_settings = TrainConfig(seed=train.seed, exploding_ratio=train.exploding_ratio)
-        compiled_for = dataclasses.replace(experiment, train=step_settings)
-
         # Loop
+        settings = step_settings(experiment)
         began = time.perf_counter()
         interval = _Interval(began)
         pending: tuple[int, StepMetrics] | None = None
@@ -162,9 +162,9 @@ def fit(experiment: Experiment) -> Summary:
                 profile(step, state)
                 num_microbatches = batch_size_at(train, step) // microbatch
                 batch = put_batch(mesh, next(stream), num_microbatches, room)
-                scalars = (np.int32(num_microbatches), np.float32(_rate(experiment, step)))
+                controls = Controls(np.int32(num_microbatches), np.float32(_rate(experiment, step)))
                 state, metrics = train_step(
-                    compiled_for, state, batch, *jax.device_put(scalars, everywhere)
+                    settings, state, batch, jax.device_put(controls, everywhere)
                 )
                 if pending is not None:
                     interval = report(interval, *pending)
@@ -227,19 +227,6 @@ def _baselines(corpora: Corpora, dataset: Any, heldout: list[Batch]) -> dict[str
         "uniform": uniform_loss(size),
         "unigram": unigram_loss(training_V, count_targets(heldout, size)),
     }
-
-
-def _microbatch_size(experiment: Experiment, mesh: Mesh) -> int:
-    """Rows of one pass: what was asked for, else as much as every batch is a multiple of."""
-    train = experiment.train
-    size = train.microbatch_size or math.gcd(*batch_sizes(train))
-    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    if size % parts:
-        raise ValueError(
-            f"the {parts} devices of mesh axes {RULES['batch']} do not divide a microbatch of "
-            f"{size} rows"
-        )
-    return size
 
 
 def _open_run(experiment: Experiment, corpora: Corpora, run: Path) -> None:

@@ -1,6 +1,7 @@
 """One optimizer step and one evaluation step: pure functions of state and batch."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,9 @@ import optax
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glmjax.config import Experiment, GLMConfig
+from glmjax.config import Experiment, GLMConfig, TrainConfig
 from glmjax.data.blanks import OBJECTIVES, Batch
+from glmjax.data.ramp import batch_sizes
 from glmjax.model.attention import BlankMask
 from glmjax.model.params import Params, abstract_params, init, param_shardings
 from glmjax.model.transformer import encode, output_table
@@ -32,6 +34,15 @@ class TrainState:
     """Running mean of the gradient norm over the steps that were taken; 0 before the first."""
     skipped: Any
     """Steps skipped in a row up to now."""
+
+
+@struct.dataclass
+class Controls:
+    """What the schedules say about one step, as device scalars."""
+
+    num_microbatches: Any
+    """How many microbatches of the batch count; the rest is room for a batch that grows."""
+    learning_rate: Any
 
 
 @struct.dataclass
@@ -87,6 +98,44 @@ def abstract_state(experiment: Experiment, mesh: Mesh) -> TrainState:
     )
 
 
+def microbatch_size(experiment: Experiment, mesh: Mesh) -> int:
+    """Rows of one pass: what was asked for, else as much as every batch is a multiple of.
+
+    Raises:
+        ValueError: the devices that split the batch do not divide it.
+    """
+    train = experiment.train
+    size = train.microbatch_size or math.gcd(*batch_sizes(train))
+    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    if size % parts:
+        raise ValueError(
+            f"the {parts} devices of mesh axes {RULES['batch']} do not divide a microbatch of "
+            f"{size} rows"
+        )
+    return size
+
+
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
+    """Shapes, types and shardings of the batch [M, B / M, ...] of a step, without values."""
+    rows, length = microbatch_size(experiment, mesh), experiment.data.sequence_length
+    shape = (experiment.train.batch_size // rows, rows)
+    sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+
+    def array(*rest: int, dtype: Any = np.int32) -> Any:
+        return jax.ShapeDtypeStruct((*shape, *rest), dtype, sharding=sharding)
+
+    T = length
+    return Batch(
+        tokens_BT=array(T),
+        positions_B2T=array(2, T),
+        k_start_BT=array(T),
+        k_end_BT=array(T),
+        targets_BT=array(T),
+        weights_BT=array(T, dtype=np.float32),
+        objective_B=array(),
+    )
+
+
 def put_batch(mesh: Mesh, batch: Batch, num_microbatches: int = 1, room: int = 1) -> Batch:
     """This process's rows as a global array [M, B / M, ...], split over the mesh by rows.
 
@@ -126,10 +175,9 @@ def train_step(
     experiment: Experiment,
     state: TrainState,
     batch: Batch,
-    num_microbatches: jax.Array,
-    learning_rate: jax.Array,
+    controls: Controls,
 ) -> tuple[TrainState, StepMetrics]:
-    """One optimizer step over the first num_microbatches of a batch [M, B / M, ...].
+    """One optimizer step over the microbatches that count of a batch [M, B / M, ...].
 
     The loss is the mean over all target tokens of the batch. A step whose loss or gradient is not
     finite, or whose gradient norm exceeds `exploding_ratio` times its running mean, changes nothing
@@ -150,7 +198,10 @@ def train_step(
     else:
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, 0))
         gradients, (losses_O, weights_O) = jax.lax.fori_loop(
-            0, num_microbatches, lambda m, sums: jax.tree.map(jnp.add, sums, microbatch(m)), zeros
+            0,
+            controls.num_microbatches,
+            lambda m, sums: jax.tree.map(jnp.add, sums, microbatch(m)),
+            zeros,
         )
 
     weight = jnp.maximum(weights_O.sum(), 1)
@@ -166,7 +217,7 @@ def train_step(
     updates, optimizer = adamw(config, experiment.optimizer).update(
         gradients, state.optimizer, state.params
     )
-    params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
+    params = jax.tree.map(lambda p, u: p - controls.learning_rate * u, state.params, updates)
     new = TrainState(
         step=state.step,
         params=params,
@@ -180,6 +231,26 @@ def train_step(
     return state, StepMetrics(
         loss, losses_O, weights_O, gradient_norm, embedding_norm, taken, state.skipped
     )
+
+
+def lower_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
+    """The step of an experiment on a mesh, which may be of absent devices, ready to compile."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    controls = Controls(
+        num_microbatches=jax.ShapeDtypeStruct((), np.int32, sharding=everywhere),
+        learning_rate=jax.ShapeDtypeStruct((), np.float32, sharding=everywhere),
+    )
+    state, batch = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
+    with jax.set_mesh(mesh):
+        return train_step.lower(step_settings(experiment), state, batch, controls)
+
+
+def step_settings(experiment: Experiment) -> Experiment:
+    """What of an experiment a step is compiled for: runs of another length or folder share it."""
+    train = TrainConfig(
+        seed=experiment.train.seed, exploding_ratio=experiment.train.exploding_ratio
+    )
+    return dataclasses.replace(experiment, train=train)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -20,6 +20,7 @@ from glmjax.presets import get_config
 from glmjax.sharding import make_mesh
 from glmjax.training.optimizer import adamw
 from glmjax.training.step import (
+    Controls,
     TrainState,
     evaluate_step,
     put_batch,
@@ -89,9 +90,10 @@ def run_step(state, batch, mesh=None, experiment=EXPERIMENT, microbatches=1, roo
         state = jax.device_put(state, state_shardings(experiment, mesh))
         rows = put_batch(mesh, batch, microbatches, room)
         everywhere = jax.NamedSharding(mesh, jax.P())
-        scalars = jax.device_put((np.int32(microbatches), np.float32(RATE)), everywhere)
+        controls = Controls(np.int32(microbatches), np.float32(RATE))
+        controls = jax.device_put(controls, everywhere)
         with jax.transfer_guard("disallow"):
-            new, metrics = train_step(experiment, state, rows, *scalars)
+            new, metrics = train_step(experiment, state, rows, controls)
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
         return jax.device_get((new, metrics))
 
