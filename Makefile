@@ -6,14 +6,14 @@ TESTS ?= not slow and not tpu
 RUN := $(VENV)/bin/python -m
 RUFF_FLAGS := --line-length 100
 RUFF_RULES := --extend-select I,B,UP,RUF
-CODE := glmjax experiments tests
+CODE := glmjax experiments tpu tests
 # The newest interpreter that runs; pyenv's are named in full, since its shims want a choice first.
 LATEST_PYTHON ?= $(shell for p in python3.14 python3.13 python3.12 \
 	$$(ls -d $$HOME/.pyenv/versions/3.1[2-9]*/bin/python 2>/dev/null | sort -rV); do \
 	$$p -c '' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-slow test-tpu test-latest lint types format bench clean
+.PHONY: help install train test test-slow test-tpu test-latest test-launch lint types format bench clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 14
@@ -29,7 +29,7 @@ train: install  ## Train a small GLM on text that every machine has (about 3 min
 	$(RUN) glmjax train experiments/quickstart.py
 
 test: install  ## Run the tests (under 10 minutes on 2 cores)
-	$(RUN) pytest -q -m "$(TESTS)"
+	$(RUN) pytest -q -m "$(TESTS)" $(FILES)
 
 test-slow: install  ## Run the tests that take long, such as the kill test
 	$(RUN) pytest -q -m slow
@@ -40,6 +40,9 @@ test-tpu:  ## Compile the kernels for five TPU generations and count their cycle
 test-latest:  ## Run test and test-tpu on the newest Python at hand, with the newest jax
 	@test -n "$(LATEST_PYTHON)" || { echo "no Python 3.12 or newer found; set LATEST_PYTHON"; exit 1; }
 	$(MAKE) test PYTHON=$(LATEST_PYTHON) VENV=.venv-latest EXTRAS=test,tpu TESTS="not slow"
+
+test-launch:  ## Check the launch files with the tools that read them: xpk, sky, hadolint, shellcheck
+	$(MAKE) test VENV=.venv-launch EXTRAS=launch-test FILES=tests/tpu
 
 lint: install  ## Check style
 	$(RUN) ruff check $(RUFF_FLAGS) $(RUFF_RULES) $(CODE)
@@ -57,4 +60,4 @@ bench: install  ## Measure the input pipeline and the training step
 	$(RUN) glmjax bench train
 
 clean:  ## Remove environments, caches and runs
-	rm -rf .venv .venv-tpu .venv-latest .mypy_cache .ruff_cache .pytest_cache *.egg-info runs
+	rm -rf .venv .venv-tpu .venv-latest .venv-launch .mypy_cache .ruff_cache .pytest_cache *.egg-info runs

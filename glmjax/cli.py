@@ -1,11 +1,13 @@
 """The program `glmjax`: each command is a function whose arguments are its flags."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ HELP = """usage: glmjax COMMAND ...
 The GLM family in JAX. Commands:
 
   train EXPERIMENT   train a model; the same command again continues the run
+  plan EXPERIMENT    say whether it fits on TPUs that are not there, and how fast it would be
   infill TEXT ...    fill the [MASK], [sMASK] and [gMASK] blanks of texts
   bench WHAT         measure speed: data, train, attention
 
@@ -31,14 +34,29 @@ The GLM family in JAX. Commands:
 
 TRAIN_HELP = """Trains the model that an experiment file describes.
 
-The file is Python with a function `experiment() -> glmjax.config.Experiment`; flags override its
-fields. Run the same command again to continue a run that was stopped or killed.
+The file is Python with a function `experiment() -> glmjax.config.Experiment`; FILE:FUNCTION takes
+another function of it. Flags override fields. Run the same command again to continue a run that was
+stopped or killed.
 
 examples:
   glmjax train experiments/quickstart.py
   glmjax train experiments/quickstart.py --train.run runs/books --data.path books/ --train.steps 2000
   glmjax train experiments/quickstart.py --data.tfds tiny_shakespeare --train.run runs/shakespeare
   glmjax train experiments/quickstart.py --mesh.fsdp 4 --json"""
+
+PLAN_HELP = """Says whether an experiment fits on TPUs that are not there, and how fast it would be.
+
+Compiles the real step for them, on this machine; needs pip install "glmjax[plan]", no TPU and no
+data. Flags override fields of the experiment as in `glmjax train`. A mesh for another number of
+devices is arranged anew unless you give one. Plans are kept in --data.cache. See docs/planning.md.
+
+examples:
+  glmjax plan experiments/glm_130b.py --topology v5p:8x8x16
+  glmjax plan experiments/glm_130b.py --topology v5p:8x8x16 --slices 2 --json
+  glmjax plan experiments/glm_130b.py --topology v6e:16x16 --mesh.fsdp 32 --mesh.tensor 8
+  glmjax plan experiments/glm_130b.py --topology v4:8x8x16 --search
+  glmjax plan experiments/glm_130b.py --chips 1024 --generation v5p
+  glmjax plan experiments/glm_130b.py --topology v5p:2x2x2 --job decode --batch 32 --length 2048"""
 
 INFILL_HELP = """Fills the blanks of texts with a trained model.
 
@@ -70,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": _train,
+        "plan": _plan,
         "infill": _infill,
         "bench": _bench,
     }
@@ -94,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("GLMJAX_TRACEBACK"):
             raise
         print(f"glmjax {name}: {error}", file=sys.stderr)
-        return 1
+        return getattr(error, "exit_status", 1)
     except KeyboardInterrupt:
         return 130
 
@@ -106,12 +125,14 @@ def _report_unraisable(problem: Any) -> None:
 
 
 def load_experiment(path: Path) -> Experiment:
-    """The experiment that a Python file describes.
+    """The experiment that a Python file describes, or a function of it named by FILE:FUNCTION.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file does not define `experiment() -> Experiment`.
+        ValueError: the file does not define `experiment() -> Experiment`, or that function.
     """
+    file, _, function = str(path).partition(":")
+    path, function = Path(file), function or "experiment"
     if not path.is_file():
         raise FileNotFoundError(f"there is no experiment file {path}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -119,47 +140,139 @@ def load_experiment(path: Path) -> Experiment:
         raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    make = getattr(module, "experiment", None)
+    make = getattr(module, function, None)
     if make is None or not isinstance(experiment := make(), Experiment):
-        raise ValueError(f"{path} does not define experiment() -> glmjax.config.Experiment")
+        raise ValueError(f"{path} does not define {function}() -> glmjax.config.Experiment")
     return experiment
 
 
+def _named_experiment(command: str, arguments: list[str]) -> tuple[Experiment, str, list[str]]:
+    """The experiment that the first argument names, the program's name, and the other arguments."""
+    if arguments and not arguments[0].startswith("-"):
+        name, *rest = arguments
+        return load_experiment(Path(name)), f"glmjax {command} {name}", rest
+    if not {"-h", "--help"} & set(arguments):
+        raise ValueError("name an experiment file, such as experiments/quickstart.py")
+    return Experiment(), f"glmjax {command} EXPERIMENT", arguments
+
+
 def _train(arguments: list[str]) -> int:
+    began = time.time()
     as_json = "--json" in arguments
     arguments = [argument for argument in arguments if argument != "--json"]
-    default, program = Experiment(), "glmjax train EXPERIMENT"
-    if arguments and not arguments[0].startswith("-"):
-        default, program = load_experiment(Path(arguments[0])), f"glmjax train {arguments[0]}"
-    elif not {"-h", "--help"} & set(arguments):
-        raise ValueError("name an experiment file, such as experiments/quickstart.py")
+    default, program, arguments = _named_experiment("train", arguments)
     experiment = tyro.cli(
         Experiment,
         default=default,
-        args=arguments[1:] if arguments and not arguments[0].startswith("-") else arguments,
+        args=arguments,
         prog=program,
         description=TRAIN_HELP,
         config=(tyro.conf.AvoidSubcommands,),
     )
 
+    from glmjax.training.distributed import RESTART, joined
     from glmjax.training.loop import fit
 
-    summary = fit(experiment)
-    if as_json:
+    with joined(experiment.distributed) as job:
+        summary = fit(experiment, began)
+    is_main = job is None or job.process == 0
+    if as_json and is_main:
         print(json.dumps(dataclasses.asdict(summary)))
-    elif summary.signal is None:
-        _show_results(experiment, dataclasses.asdict(summary))
-    if summary.signal is not None:
+    elif summary.signal is None and is_main:
+        _show_results(experiment, dataclasses.asdict(summary), examples=job is None)
+    if summary.signal is None:
+        return 0
+    if is_main:
         print(
             f"stopped by {summary.signal} and saved at step {summary.steps}; "
             "the same command continues",
             file=sys.stderr,
         )
+    if job is not None:
+        return RESTART
     return 130 if summary.signal == "SIGINT" else 0
 
 
-def _show_results(experiment: Experiment, summary: dict[str, Any]) -> None:
-    """A table of the run's numbers and a few held-out blanks filled by its newest checkpoint."""
+@dataclass(frozen=True)
+class PlanFlags:
+    experiment: Annotated[Experiment, tyro.conf.arg(name="")]
+    topology: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """The slice, such as v5p:8x8x16 or v6e:16x16; v4, v5e, v5p, v6e and tpu7x are known."""
+    slices: int = 1
+    """How many such slices; mesh axis data counts them, over the data center network."""
+    chips: int | None = None
+    """Instead of a topology: search on so many chips of a generation."""
+    generation: str | None = None
+    """Generation of those chips, such as v5p."""
+    search: bool = False
+    """Try meshes, microbatch sizes and remat policies for the fastest that fits."""
+    compile: int = 4
+    """search: how many candidates are compiled to the end."""
+    job: Literal["train", "decode"] = "train"
+    """train: an optimizer step. decode: a token of every row, as in serving."""
+    batch: int = 32
+    """decode: rows that are decoded together."""
+    length: int = 2048
+    """decode: tokens that the cache of a row holds."""
+    json: bool = False
+    """Print one JSON object instead of tables."""
+
+
+def _plan(arguments: list[str]) -> int:
+    import jax
+
+    # Nothing is computed here, and libtpu belongs to the process that compiles.
+    jax.config.update("jax_platforms", "cpu")
+    logging.getLogger("glmjax").setLevel(logging.WARNING)
+    from glmjax.planning import arrange, report
+    from glmjax.planning.plan import plan, plan_to_json
+    from glmjax.planning.programs import Serving
+    from glmjax.planning.search import search
+    from glmjax.planning.topologies import Topology, find_topology
+
+    default, program, arguments = _named_experiment("plan", arguments)
+    flags = tyro.cli(
+        PlanFlags,
+        default=PlanFlags(default),
+        args=arguments,
+        prog=program,
+        description=PLAN_HELP,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    if flags.topology is not None and flags.chips is None and flags.generation is None:
+        topology = Topology(flags.topology, flags.slices)
+    elif flags.topology is None and flags.chips is not None and flags.generation is not None:
+        topology = find_topology(flags.generation, flags.chips)
+    else:
+        raise ValueError("give a --topology, or --chips and a --generation")
+    experiment, console = flags.experiment, Console()
+    if not console.is_terminal:
+        console.width = 100
+    serving = Serving(flags.batch, flags.length)
+    if flags.search or flags.chips is not None:
+        if flags.job != "train":
+            raise ValueError("--search is for training; give a --topology for --job decode")
+        log = Console(stderr=True, highlight=False)
+        tell = functools.partial(log.print, soft_wrap=True)
+        found = search(experiment, topology, flags.compile, report=tell)
+        experiment, made = found[0].experiment, found[0].plan
+        if not flags.json:
+            report.show_found(found, console)
+    else:
+        if experiment.mesh == default.mesh:
+            experiment = arrange.arrange(experiment, topology, flags.job)
+        with Console(stderr=True).status(f"compiling for {topology}, which may take minutes"):
+            made = plan(experiment, topology, job=flags.job, serving=serving)
+    command = " ".join([program.replace(" plan ", " train "), *arrange.flags(experiment, default)])
+    if flags.json:
+        print(json.dumps(plan_to_json(made) | {"command": command}))
+    else:
+        report.show(made, console, command if flags.job == "train" else None)
+    return 0
+
+
+def _show_results(experiment: Experiment, summary: dict[str, Any], examples: bool) -> None:
+    """A table of the run's numbers, and a few held-out blanks filled by its newest checkpoint."""
     from glmjax.data.prepare import prepare
     from glmjax.inference.examples import fill_heldout
     from glmjax.training.checkpoint import load_model
@@ -182,13 +295,15 @@ def _show_results(experiment: Experiment, summary: dict[str, Any]) -> None:
     ):
         table.add_row(name, value)
     console.print(table)
+    if not examples:
+        return
 
     config, params = load_model(run)
     corpora = prepare(experiment.data, experiment.objective)
-    examples = Table("held-out sentence", "truth", "filled", title="blanks filled greedily")
+    table = Table("held-out sentence", "truth", "filled", title="blanks filled greedily")
     for example in fill_heldout(config, params, corpora, count=6):
-        examples.add_row(*(_literal(text) for text in dataclasses.astuple(example)))
-    console.print(examples)
+        table.add_row(*(_literal(text) for text in dataclasses.astuple(example)))
+    console.print(table)
     print(f'try: glmjax infill --checkpoint {run} "Return the [MASK] of the array."')
 
 

@@ -18,7 +18,8 @@ Norm = Literal["pre", "deepnorm"]
 FeedForward = Literal["gelu", "geglu"]
 Dtype = Literal["float32", "bfloat16"]
 AttentionImplementation = Literal["auto", "reference", "blockwise", "tpu", "tokamax", "cudnn"]
-Remat = Literal["none", "matmuls", "block"]
+Remat = Literal["none", "matmuls", "ffn", "attention", "block"]
+Saved = Literal["qkv", "attention", "attention_out", "ffn_in", "ffn_out"]
 
 Config = TypeVar("Config")
 
@@ -108,7 +109,12 @@ class GLMConfig:
     others for NVIDIA GPUs."""
     remat: Remat = "matmuls"
     """What the backward pass recomputes. none: nothing. matmuls: all but matrix products and
-    attention. block: everything inside each block."""
+    attention. ffn: the product for queries, keys and values too. attention: all but attention and
+    its output product. block: everything inside each block."""
+    saved: tuple[Saved, ...] = ()
+    """Outputs inside a block that are kept on top of those that `remat` keeps."""
+    offloaded: tuple[Saved, ...] = ()
+    """Kept outputs that wait for the backward pass in the memory of the host."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -312,6 +318,16 @@ class OptimizerConfig:
     """Decoupled weight decay of everything but LayerNorms and biases."""
     clip: float = 1.0
     """Largest global norm of the gradient."""
+    moments: Literal["float32", "bfloat16", "int8"] = "float32"
+    """How both moments are stored: 8, 4 or 2 bytes a parameter beside the 4 of the parameter."""
+    offload: bool = False
+    """Keep the moments in the memory of the host between steps (TPU and GPU)."""
+    learning_rate_changes: tuple[tuple[int, float, float], ...] = ()
+    """(step, learning_rate, floor_ratio) triples in order of step: from each step on these values
+    hold, as in 26000 4e-5 0.2 42700 4e-5 0.1."""
+    embedding_gradient_scale_changes: tuple[tuple[int, int, float], ...] = ()
+    """(step, steps, scale) triples in order of step: from each step on the embedding gradient scale
+    goes to `scale`, linearly over so many steps or, with 0, at once; 6000 500 1.0 33600 0 0.5."""
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epsilon", "clip", "decay"):
@@ -324,6 +340,25 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"optimizer.{name} must be in [0, 1], got {value}")
+        for name in ("learning_rate_changes", "embedding_gradient_scale_changes"):
+            changes = getattr(self, name)
+            steps = [step for step, *_ in changes]
+            if steps != sorted(steps) or min(steps, default=0) < 0:
+                raise ValueError(f"optimizer.{name} must be in order of step, got {changes}")
+        for change in self.learning_rate_changes:
+            _, rate, ratio = change
+            if rate <= 0 or not 0 <= ratio <= 1:
+                raise ValueError(
+                    "optimizer.learning_rate_changes takes (step, a positive rate, a ratio in "
+                    f"[0, 1]), got {change}"
+                )
+        for change in self.embedding_gradient_scale_changes:
+            _, duration, scale = change
+            if duration < 0 or not 0 <= scale <= 1:
+                raise ValueError(
+                    "optimizer.embedding_gradient_scale_changes takes (step, steps >= 0, a scale in "
+                    f"[0, 1]), got {change}"
+                )
 
 
 @dataclass(frozen=True)
@@ -334,13 +369,41 @@ class MeshConfig:
     """Replicas, each with its own part of the batch."""
     fsdp: int = 1
     """Devices that share parameters and optimizer state, and split the batch too."""
+    fsdp_line: int = 1
+    """Like fsdp, in as many groups: parameters are split over fsdp x fsdp_line devices and gathered
+    over one after the other. For TPU slices with three dimensions, where fsdp is a plane and
+    fsdp_line the rest, as in 32 x 4 on v5p:4x4x8."""
     tensor: int = 1
-    """Devices that split heads, feed-forward width and vocabulary."""
+    """Devices that split heads, feed-forward width, vocabulary and, between blocks, the sequence."""
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = dataclasses.astuple(self)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh sizes must be positive with at most one -1, got {sizes}")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """How the processes of one job find each other. On Cloud TPU, in GKE and under Slurm jax finds
+    out itself; elsewhere give all of coordinator, num_processes and process, as flags or as
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID. Else there is one process."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 awaits the others."""
+    num_processes: int | None = None
+    """Processes of the job."""
+    process: int | None = None
+    """Number of this process, from 0."""
+    start_seconds: int = 300
+    """How long processes wait for each other at the start."""
+    barrier_seconds: int = 1200
+    """How long processes wait for each other when a checkpoint is written."""
+    heartbeat_seconds: int = 100
+    """A process that shows no sign of life for so long is lost, and the others end."""
+
+    def __post_init__(self) -> None:
+        for name in ("start_seconds", "barrier_seconds", "heartbeat_seconds"):
+            _require_positive(self, name, "distributed.")
 
 
 @dataclass(frozen=True)
@@ -348,13 +411,15 @@ class TrainConfig:
     """The loop: how long, how often, where to."""
 
     run: str = "runs/default"
-    """Folder of the run: config.json, metrics.jsonl, summary.json, loss.png, checkpoints/."""
+    """Folder of the run: config.json, history.jsonl, metrics.jsonl, summary.json, loss.png and
+    checkpoints/."""
     steps: int = 1000
     """Optimizer steps of the whole run."""
     batch_size: int = 32
     """Rows of one optimizer step, over all devices."""
     microbatch_size: int | None = None
-    """Rows of one forward and backward pass, over all devices; None: the whole batch."""
+    """Rows of one forward and backward pass, over all devices; None: the whole batch. A growing
+    batch that is no multiple of it is filled up with empty rows."""
     ramp: tuple[int, int, int] | None = None
     """Batch-size ramp (start, increment, rows): grows from start by increment over so many rows."""
     seed: int = 0
@@ -375,6 +440,13 @@ class TrainConfig:
     """Skipped steps in a row after which the run stops."""
     profile: str | None = None
     """Steps to trace with jax.profiler, such as 10:15."""
+    compilation_cache: str | None = None
+    """Folder or gs:// address where compiled programs are kept for the next start; None: what
+    JAX_COMPILATION_CACHE_DIR says."""
+    local_checkpoints: str | None = None
+    """Folder on a disk of each host for checkpoints between the durable ones; None: none are made."""
+    local_checkpoint_every: int = 50
+    """Steps between two local checkpoints."""
     tensorboard: bool = False
     """Also write TensorBoard events (needs glmjax[tensorboard])."""
     wandb: str | None = None
@@ -384,8 +456,13 @@ class TrainConfig:
         for name in (
             "steps", "batch_size", "log_every", "evaluate_every", "evaluate_batches",
             "checkpoint_every", "keep_checkpoints", "exploding_ratio", "max_skipped",
+            "local_checkpoint_every",
         ):  # fmt: skip
             _require_positive(self, name, "train.")
+        if "://" in self.run:
+            raise ValueError(
+                f"train.run = {self.run!r} is an address, not a folder; mount the bucket on every host"
+            )
         if self.microbatch_size is not None:
             _require_positive(self, "microbatch_size", "train.")
             if self.batch_size % self.microbatch_size:
@@ -404,12 +481,6 @@ class TrainConfig:
                     f"train.ramp = {self.ramp} does not reach train.batch_size = {self.batch_size} "
                     "in whole increments"
                 )
-            microbatch = self.microbatch_size or math.gcd(start, increment)
-            if start % microbatch or increment % microbatch:
-                raise ValueError(
-                    f"train.microbatch_size = {microbatch} does not divide every batch of "
-                    f"train.ramp = {self.ramp}"
-                )
         if self.profile is not None:
             parse_range(self.profile, "train.profile")
 
@@ -423,14 +494,17 @@ class Experiment:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
         model, objective, data = self.model, self.objective, self.data
-        if model.positions == "learned_2d" and data.sequence_length > model.max_positions:
+        # A blank has the position of its mask, so that positions count the text alone.
+        field = "text_length" if data.text_length and not data.multitask else "sequence_length"
+        length = getattr(data, field)
+        if model.positions == "learned_2d" and length > model.max_positions:
             raise ValueError(
-                f"data.sequence_length = {data.sequence_length} exceeds model.max_positions = "
-                f"{model.max_positions}"
+                f"data.{field} = {length} exceeds model.max_positions = {model.max_positions}"
             )
         if (objective.positions == "1d") != (model.positions == "rope_1d"):
             raise ValueError(
@@ -441,6 +515,11 @@ class Experiment:
             raise ValueError(
                 f"objective.pieces_per_row = {objective.pieces_per_row} does not divide "
                 f"data.sequence_length = {data.sequence_length}"
+            )
+        if self.optimizer.embedding_gradient_scale_changes and not model.embedding_gradient_scale:
+            raise ValueError(
+                "optimizer.embedding_gradient_scale_changes needs a model.embedding_gradient_scale "
+                "> 0: a gradient that is 0 cannot be scaled up"
             )
         if bool(objective.multitask) != bool(data.multitask):
             raise ValueError(
@@ -502,9 +581,14 @@ def config_from_json(kind: type[Config], values: dict[str, Any]) -> Config:
         nested: Any = next(filter(dataclasses.is_dataclass, (hint, *get_args(hint))), None)
         if nested is not None and value is not None:
             return config_from_json(nested, value)
-        return tuple(value) if isinstance(value, list) else value
+        return _as_tuple(value)
 
     return kind(**{name: parse(hints[name], value) for name, value in values.items()})
+
+
+def _as_tuple(value: Any) -> Any:
+    """JSON has lists where configurations, which are hashed, have tuples."""
+    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
 
 
 def parse_range(text: str, name: str) -> tuple[int, int]:

@@ -5,23 +5,29 @@ mesh axes each meaning is split. The mesh is the ambient one of `jax.set_mesh`; 
 everything here is the identity, so that notebooks need not know about it.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.experimental import mesh_utils
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from glmjax.config import MeshConfig
 
 RULES: dict[str, tuple[str, ...]] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "fsdp_line"),
+    "replica": ("data",),
+    "sequence": ("tensor",),
     "length": (),
     "keys": (),
     "stream": (),
     # parameters, and the activations that they split
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "fsdp_line"),
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
@@ -35,21 +41,39 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp, tensor over all devices, or over those given.
+    """A mesh with the axes of `MeshConfig` over all devices, or over those given.
+
+    Neighbours in the mesh are neighbours in the torus. Of several slices `data` counts the slices
+    first, so that everything but the sum over replicas stays inside a slice.
 
     Raises:
         ValueError: the axis sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = dataclasses.asdict(config)
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if -1 in sizes.values() and len(devices) % fixed == 0:
         sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
     if math.prod(sizes.values()) != len(devices):
         raise ValueError(f"a mesh of {sizes} does not fit {len(devices)} devices")
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), (AxisType.Auto,) * len(sizes), devices=devices
-    )
+    num_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if sizes["data"] % num_slices:
+        raise ValueError(f"mesh axis data = {sizes['data']} does not divide into {num_slices} slices")
+    shape = (sizes["data"] // num_slices, *list(sizes.values())[1:])
+    arranged = mesh_utils.create_hybrid_device_mesh(
+        shape, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    ) if num_slices > 1 else mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True
+    )  # fmt: skip
+    return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def batch_shards(mesh: Mesh) -> tuple[tuple[int, ...], int]:
+    """The shards of a batch's rows that this process has devices for, and how many there are."""
+    count = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    indices = sharding.addressable_devices_indices_map((count,)).values()
+    return tuple(sorted({index[0].start or 0 for index in indices if index})), count
 
 
 def partition(axes: Sequence[str]) -> PartitionSpec:
@@ -84,10 +108,70 @@ def named_sharding(
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
-    """Pins an intermediate to the sharding of its logical axes on the ambient mesh."""
+    """Pins an intermediate to the sharding of its logical axes on the ambient mesh.
+
+    A sequence that the devices cannot share evenly is whole on each of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    axes = tuple(
+        "length" if axis == "sequence" and size % mesh.shape["tensor"] else axis
+        for axis, size in zip(axes, x.shape, strict=False)
+    )
+    return jax.lax.with_sharding_constraint(x, partition(axes))
+
+
+def pin(x: jax.Array, *mesh_axes: tuple[str, ...]) -> jax.Array:
+    """As `constrain`, for the few places that choose mesh axes themselves."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, partition(axes))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in mesh_axes)))
+
+
+def gather(x: jax.Array, *axes: str) -> jax.Array:
+    """A parameter with its embed axis whole on every device.
+
+    One mesh axis at a time, the last one first: libtpu gathers over a plane of a torus at once, but
+    turns a gather over three dimensions into an all-reduce of twice the bytes.
+    """
+    entries = [RULES[axis] for axis in axes]
+    embed = axes.index("embed")
+    for count in reversed(range(len(RULES["embed"]))):
+        entries[embed] = RULES["embed"][:count]
+        x = pin(x, *entries)
+    return x
+
+
+def sum_over_batch(
+    function: Callable[..., jax.Array], in_axes: Sequence[Sequence[str]], out_axes: Sequence[str]
+) -> Callable[..., jax.Array]:
+    """The function summed over all rows, and its result left split like a parameter of these axes.
+
+    Every device applies it to the rows that it has; the sum over devices is a reduce-scatter. Left
+    to XLA it often becomes an all-reduce, of which each device then drops all but its part.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"]) == 1:
+        return function
+    embed = out_axes.index("embed")
+
+    def local(*arrays: jax.Array) -> jax.Array:
+        x = function(*arrays)
+        if target_device().platform == "cpu":
+            x = x.astype(jnp.float32)  # XLA for CPUs aborts on sums of bfloat16 here
+        for mesh_axis in RULES["embed"]:
+            x = jax.lax.psum_scatter(x, mesh_axis, scatter_dimension=embed, tiled=True)
+        return jax.lax.psum(x, RULES["replica"])
+
+    rows = tuple(PartitionSpec(*(None,) * axes.index("batch"), RULES["batch"]) for axes in in_axes)
+    return jax.shard_map(
+        local,
+        in_specs=rows,
+        out_specs=PartitionSpec(*(None,) * embed, RULES["embed"]),
+        axis_names=set(RULES["batch"]),
+        check_vma=False,
+    )
 
 
 def target_device() -> jax.Device | AbstractDevice:
@@ -106,6 +190,15 @@ def per_device(function: Callable[..., Any], in_axes: Any, out_axes: Any) -> Cal
         return function
     in_specs, out_specs = jax.tree.map(partition, (in_axes, out_axes), is_leaf=_names_axes)
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+
+
+def row_major(x: jax.Array, *axes: str) -> jax.Array:
+    """Lays an array of these logical axes out in memory as it is written, the last axis densest."""
+
+    def local(x: jax.Array) -> jax.Array:
+        return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+    return per_device(local, (axes,), axes)(x)
 
 
 def _names_axes(axes: Any) -> bool:

@@ -203,6 +203,14 @@ def test_files_that_are_no_experiments(tmp_path, text, name):
         load_experiment(tmp_path / name)
 
 
+def test_another_function_of_an_experiment_file(experiment_file):
+    with experiment_file.open("a") as file:
+        file.write("\n\ndef longer():\n    return Experiment()\n")
+    assert load_experiment(Path(f"{experiment_file}:longer")) == Experiment()
+    with pytest.raises(ValueError, match=r"tiny\.py does not define shorter\(\)"):
+        load_experiment(Path(f"{experiment_file}:shorter"))
+
+
 def test_folder_is_no_experiment_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no experiment file"):
         load_experiment(tmp_path)
@@ -216,7 +224,7 @@ def test_signal_saves_and_says_how_to_go_on(capsys, short, monkeypatch, number, 
         os.kill(os.getpid(), number)
         return 0.0
 
-    monkeypatch.setattr("glmjax.training.loop._rate", rate_and_signal)
+    monkeypatch.setattr("glmjax.training.loop.learning_rate", rate_and_signal)
     status, out, err = run_main(capsys, "train", short)
     assert (status, out) == (expected, "")
     assert err.endswith(

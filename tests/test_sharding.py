@@ -10,7 +10,7 @@ from glmjax.sharding import constrain, make_mesh, named_sharding, partition
 
 def test_free_axis_takes_the_devices_that_are_left():
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "fsdp_line": 1, "tensor": 2}
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(data=-1, fsdp=3)])
@@ -20,7 +20,7 @@ def test_mesh_that_does_not_fit_is_refused(config):
 
 
 def test_logical_axes_become_mesh_axes():
-    assert partition(("batch", "length", "heads")) == P(("data", "fsdp"), None, "tensor")
+    assert partition(("batch", "length", "heads")) == P(("data", "fsdp", "fsdp_line"), None, "tensor")
 
 
 def test_a_mesh_axis_is_used_once():
@@ -51,6 +51,6 @@ def test_parameters_are_born_sharded():
     alone = glmjax.init(config, jax.random.key(0))
     with jax.set_mesh(mesh):
         params = glmjax.init(config, jax.random.key(0))
-    assert params.blocks.ffn_in.kernel.sharding.spec == P(None, "fsdp", "tensor")
+    assert params.blocks.ffn_in.kernel.sharding.spec == P(None, ("fsdp", "fsdp_line"), "tensor")
     assert params.blocks.ffn_in.kernel.addressable_shards[0].data.shape == (2, 32, 64)
     jax.tree.map(lambda a, b: (a == b).all() or pytest.fail("values differ"), alone, params)

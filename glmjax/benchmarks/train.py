@@ -135,7 +135,7 @@ def _glmjax_step(config: GLMConfig, rows: int, length: int, context: int) -> Ste
     with jax.set_mesh(mesh):
         state = init_state(experiment, mesh)
         on_device = put_batch(mesh, batch)
-    controls = Controls(np.int32(1), np.float32(1e-4))
+    controls = Controls(np.int32(1), np.float32(1e-4), np.float32(1))
     controls = jax.device_put(controls, NamedSharding(mesh, PartitionSpec()))
 
     def step() -> None:

@@ -25,7 +25,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Holds a folder for one process at a time; the system frees it when the process dies."""
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as file:
+    # "a", since hosts that share a mounted bucket must not all write this file.
+    with open(folder / "lock", "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

@@ -8,7 +8,7 @@ time, by any number of processes and workers.
 import atexit
 import sys
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 
 import grain
 import numpy as np
@@ -24,17 +24,24 @@ HELDOUT_SEED = 0
 
 
 def make_dataset(
-    experiment: Experiment, corpora: Corpora, *, process: int = 0, num_processes: int = 1
+    experiment: Experiment,
+    corpora: Corpora,
+    *,
+    shards: Sequence[int] = (0,),
+    num_shards: int = 1,
+    multiple: int = 1,
 ) -> grain.MapDataset[Batch]:
-    """The training batches. Element `step` holds the rows of one process; the batches of all
-    processes, one behind the other, are the batch of the step.
+    """The training batches. Cut into `num_shards` equal ranges of rows, the batch of a step gives
+    those of `shards`, one behind the other, as element `step`.
+
+    A growing batch that is no multiple of `multiple` rows ends in empty rows.
 
     Raises:
-        ValueError: the corpus has too few rows for one batch, or a batch cannot be shared out.
+        ValueError: the corpus has too few rows for one batch, or a batch cannot be cut.
     """
     data, train = experiment.data, experiment.train
     for size in batch_sizes(train):
-        _check_divisible(size, num_processes)
+        _check_divisible(_filled(size, multiple), num_shards)
     num_rows = sum(len(corpus.train) for corpus in corpora.texts)
     if num_rows < train.batch_size:
         raise ValueError(
@@ -44,29 +51,34 @@ def make_dataset(
     make = _batch_maker(experiment, corpora, "train", train.seed)
 
     def batch_of_step(step: int) -> Batch:
-        size = batch_size_at(train, step) // num_processes
+        size = batch_size_at(train, step)
         skipped_steps, skipped_rows = _skipped(data, train, step)
-        first = rows_before(train, step) + skipped_rows + process * size
-        return make(step + skipped_steps, range(first, first + size))
+        first = rows_before(train, step) + skipped_rows
+        indices = _rows_of_shards(first, _filled(size, multiple) // num_shards, shards)
+        present = [index for index in indices if index < first + size]
+        batch, empty = make(step + skipped_steps, present), len(indices) - len(present)
+        if not empty:
+            return batch
+        return Batch(*(np.pad(x, [(0, empty), *[(0, 0)] * (x.ndim - 1)]) for x in batch))
 
     return grain.MapDataset.range(sys.maxsize).map(batch_of_step)
 
 
 def make_heldout_dataset(
-    experiment: Experiment, corpora: Corpora, *, process: int = 0, num_processes: int = 1
+    experiment: Experiment, corpora: Corpora, *, shards: Sequence[int] = (0,), num_shards: int = 1
 ) -> grain.MapDataset[Batch]:
-    """The train.evaluate_batches batches of every held-out evaluation, split as in `make_dataset`.
+    """The train.evaluate_batches batches of every held-out evaluation, cut as in `make_dataset`.
 
     They do not depend on train.seed. A held-out part of fewer rows is read more than once, with
     other blanks each time.
     """
-    size = experiment.train.batch_size // num_processes
-    _check_divisible(experiment.train.batch_size, num_processes)
+    size = experiment.train.batch_size // num_shards
+    _check_divisible(experiment.train.batch_size, num_shards)
     make = _batch_maker(experiment, corpora, "heldout", HELDOUT_SEED)
 
     def batch_of_index(index: int) -> Batch:
-        first = (index * num_processes + process) * size
-        return make(index, range(first, first + size))
+        first = index * experiment.train.batch_size
+        return make(index, _rows_of_shards(first, size, shards))
 
     return grain.MapDataset.range(experiment.train.evaluate_batches).map(batch_of_index)
 
@@ -112,7 +124,7 @@ def _close(reference: weakref.ref[Generator[Batch]]) -> None:
 
 def _batch_maker(
     experiment: Experiment, corpora: Corpora, split: str, seed: int
-) -> Callable[[int, range], Batch]:
+) -> Callable[[int, Sequence[int]], Batch]:
     """The function of (step, rows of the mixture) that reads rows and draws their blanks."""
     objective, length = experiment.objective, experiment.data.sequence_length
     tokens, is_sentence_end = corpora.tokenizer.special_tokens, corpora.tokenizer.is_sentence_end
@@ -126,7 +138,7 @@ def _batch_maker(
     rows = grain.MapDataset.mix(endless, weights)
     pairs = corpora.pairs and grain.MapDataset.source(getattr(corpora.pairs, split)).map(_pair)
 
-    def make(step: int, indices: range) -> Batch:
+    def make(step: int, indices: Sequence[int]) -> Batch:
         return make_batch(
             [rows[index]["tokens"] for index in indices],
             objective,
@@ -153,6 +165,16 @@ def _skipped(data: DataConfig, train: TrainConfig, step: int) -> tuple[int, int]
     return sum(end - first for first, end in begun), sum(rows)
 
 
-def _check_divisible(size: int, num_processes: int) -> None:
-    if size % num_processes:
-        raise ValueError(f"{num_processes} processes cannot share a batch of {size} rows evenly")
+def _rows_of_shards(first: int, size: int, shards: Sequence[int]) -> list[int]:
+    """The rows of some shards of `size` rows of a batch that begins at row `first`."""
+    return [first + shard * size + row for shard in shards for row in range(size)]
+
+
+def _filled(size: int, multiple: int) -> int:
+    """The next multiple of a number of rows."""
+    return -(-size // multiple) * multiple
+
+
+def _check_divisible(size: int, num_shards: int) -> None:
+    if size % num_shards:
+        raise ValueError(f"a batch of {size} rows cannot be cut into {num_shards} equal shards")

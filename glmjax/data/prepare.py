@@ -60,9 +60,17 @@ def prepare(data: DataConfig, objective: ObjectiveConfig) -> Corpora:
     """Opens the corpora and the tokenizer of a run; what the cache lacks is made first.
 
     Raises:
-        FileNotFoundError, ValueError, ConnectionError: see `text_sources`, `read_documents` and
-            `train_tokenizer`; also if a source has too little text for a training and a held-out row.
+        FileNotFoundError: what data.path, data.multitask or data.tokenizer names is not there.
+        ValueError, ConnectionError: see `text_sources`, `read_documents` and `train_tokenizer`; also
+            if a source has too little text for a training and a held-out row.
     """
+    named = [*data.path, *data.multitask, *([data.tokenizer] if data.tokenizer else [])]
+    absent = [path for path in named if not Path(path).expanduser().exists()]
+    if absent:
+        raise FileNotFoundError(
+            f"there is no {', '.join(absent)}; put the data there or name your own with --data.path, "
+            "--data.multitask and --data.tokenizer"
+        )
     cache = Path(data.cache).expanduser()
     length = data.text_length or text_length(objective, data.sequence_length)
     pairs = None

@@ -8,6 +8,7 @@ import numpy as np
 
 from glmjax.config import GLMConfig
 from glmjax.model.params import LayerNorm, Linear
+from glmjax.sharding import constrain, gather, sum_over_batch
 
 
 def layer_norm(params: LayerNorm, x_BTD: jax.Array, epsilon: float) -> jax.Array:
@@ -20,8 +21,63 @@ def layer_norm(params: LayerNorm, x_BTD: jax.Array, epsilon: float) -> jax.Array
 
 
 def linear(equation: str, params: Linear, x: jax.Array) -> jax.Array:
-    """einsum(equation, x, kernel) + bias, in the type of x."""
-    return jnp.einsum(equation, x, params.kernel.astype(x.dtype)) + params.bias.astype(x.dtype)
+    """einsum(equation, x, kernel) + bias, in the type of x. Letters are the dimensions of `AXES`."""
+    y = _product(equation, x, params.kernel)
+    batched = [i for i, letter in enumerate(equation.split("->")[1]) if letter in "bt"]
+    return y + jnp.expand_dims(params.bias.astype(x.dtype), batched)
+
+
+AXES = {
+    "b": "batch", "t": "length", "d": "embed", "c": "qkv", "h": "heads", "k": "head",
+    "g": "gate", "f": "mlp",
+}  # fmt: skip
+"""Logical axis of each letter in the equations of `linear`."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """einsum over a kernel that is gathered for it, and for the backward pass once more; the
+    kernel's gradient is summed over devices straight into their parts of it.
+
+    Barriers keep what comes before and after out of the loops of the matrix product, where XLA
+    would compute a GELU or half a layer norm again for every tile.
+    """
+    x = jax.lax.optimization_barrier(x)
+    _, kernel_letters, y_letters = equation.replace("->", ",").split(",")
+    kernel = gather(kernel.astype(x.dtype), *_axes(kernel_letters))
+    return _pin(y_letters, jnp.einsum(equation, x, kernel))
+
+
+def _product_forward(equation, x, kernel):
+    return _product(equation, x, kernel), (x, kernel)
+
+
+def _product_backward(equation, residuals, dy):
+    x, kernel = residuals
+    x, dy = jax.lax.optimization_barrier((x, dy))
+    x_letters, kernel_letters, y_letters = equation.replace("->", ",").split(",")
+    whole = gather(kernel.astype(x.dtype), *_axes(kernel_letters))
+    dx = _pin(x_letters, jnp.einsum(f"{y_letters},{kernel_letters}->{x_letters}", dy, whole))
+    # The axis that is split comes first: the last one would be summed whole on every device.
+    first = "d" + kernel_letters.replace("d", "")
+    product = functools.partial(jnp.einsum, f"{x_letters},{y_letters}->{first}")
+    rows = _axes(x_letters), _axes(y_letters)
+    dkernel = sum_over_batch(product, rows, _axes(first))(x, dy)
+    dkernel = jnp.moveaxis(dkernel, 0, kernel_letters.index("d"))
+    return jax.lax.optimization_barrier(dx), dkernel.astype(kernel.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def _axes(letters: str) -> list[str]:
+    return [AXES[letter] for letter in letters]
+
+
+def _pin(letters: str, x: jax.Array) -> jax.Array:
+    """Activations: the residual stream is split by tokens, all else by heads or width."""
+    stream = {"length": "sequence", "embed": "stream"} if "d" in letters else {}
+    return constrain(x, *(stream.get(axis, axis) for axis in _axes(letters)))
 
 
 def dropout(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
@@ -61,10 +117,20 @@ def rotary(config: GLMConfig, positions_B2T: jax.Array) -> tuple[jax.Array, jax.
 
 
 def rotate(x_BTHK: jax.Array, cos_BTPJ: jax.Array, sin_BTPJ: jax.Array) -> jax.Array:
-    """Rotates queries or keys by the angles of `rotary`, in float32, back to the type of x."""
-    *batch, K = x_BTHK.shape
+    """Rotates queries or keys by the angles of `rotary`, in float32, back to the type of x.
+
+    (low, high) becomes (low, high) cos + (-high, low) sin. The halves trade places in a product
+    with a signed permutation, which is exact: on TPUs moving lanes about takes three times as long.
+    """
     parts, J = cos_BTPJ.shape[-2:]
-    low, high = jnp.moveaxis(x_BTHK.astype(jnp.float32).reshape(*batch, parts, 2, J), -2, 0)
-    cos, sin = cos_BTPJ[:, :, None], sin_BTPJ[:, :, None]
-    turned = jnp.stack([low * cos - high * sin, high * cos + low * sin], axis=-2)
-    return turned.reshape(*batch, K).astype(x_BTHK.dtype)
+    trade_KK = np.kron(np.eye(parts), np.kron([[0, 1], [-1, 0]], np.eye(J)))
+    traded_BTHK = jnp.einsum(
+        "bthk,kl->bthl", x_BTHK, jnp.asarray(trade_KK, x_BTHK.dtype),
+        precision="highest", preferred_element_type=jnp.float32,
+    )  # fmt: skip
+
+    def both_halves(x_BTPJ: jax.Array) -> jax.Array:
+        return jnp.stack([x_BTPJ] * 2, axis=-2).reshape(*x_BTPJ.shape[:2], 1, -1)
+
+    cos_BT1K, sin_BT1K = both_halves(cos_BTPJ), both_halves(sin_BTPJ)
+    return (x_BTHK.astype(jnp.float32) * cos_BT1K + traded_BTHK * sin_BT1K).astype(x_BTHK.dtype)

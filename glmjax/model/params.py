@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from glmjax.config import GLMConfig
 from glmjax.sharding import named_sharding
@@ -151,7 +151,7 @@ def count_params(config: GLMConfig) -> int:
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs(config)))
 
 
-def param_shardings(config: GLMConfig, mesh: Mesh) -> Params:
+def param_shardings(config: GLMConfig, mesh: Mesh | AbstractMesh) -> Params:
     """The sharding of every parameter on a mesh.
 
     Raises:

@@ -14,7 +14,6 @@ from flax import struct
 
 from glmjax.config import GLMConfig
 from glmjax.model.attention import KVCache, write
-from glmjax.model.layers import linear
 from glmjax.model.params import Initializer, Linear, ParamSpec, normal
 
 
@@ -49,8 +48,8 @@ def prefix_cache(config: GLMConfig, params: PrefixEncoder, batch: int, size: int
     """
     x_PW = params.embedding
     if params.hidden is not None and params.out is not None:
-        hidden_PD = jnp.tanh(linear("pd,de->pe", params.hidden, x_PW))
-        x_PW = linear("pd,dw->pw", params.out, hidden_PD)
+        hidden_PD = jnp.tanh(x_PW @ params.hidden.kernel + params.hidden.bias)
+        x_PW = hidden_PD @ params.out.kernel + params.out.bias
     length = x_PW.shape[0]
     if length > size:
         raise ValueError(f"a prefix of {length} keys does not fit a cache of {size} slots")

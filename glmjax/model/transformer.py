@@ -17,13 +17,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
-from glmjax.config import GLMConfig
+from glmjax.config import GLMConfig, Remat, Saved
 from glmjax.model import attention
 from glmjax.model.attention import BlankMask, KVCache
 from glmjax.model.layers import dropout, layer_norm, linear, rotary, rotate, scale_gradient
-from glmjax.model.params import Block, Params
-from glmjax.sharding import constrain
+from glmjax.model.params import Block, Params, leaf_name
+from glmjax.sharding import constrain, row_major
 
 # Queries, keys and values [B, T, H, K] to the attention output and whatever it keeps.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
@@ -87,8 +88,13 @@ def encode(
         x_BTD, _ = block(config, params_n, x_BTD, angles, attend, keys[1], keys[2])
         return x_BTD, None
 
+    # Rounded here, the gradients of all layers gather in this type too, in which each arrives.
+    blocks = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(config.dtype) if "kernel" in leaf_name(path) else leaf,
+        params.blocks,
+    )
     x_BTD, _ = jax.lax.scan(
-        _remat(config, layer), x_BTD, (params.blocks, jnp.arange(config.num_layers))
+        _remat(config, layer), x_BTD, (blocks, jnp.arange(config.num_layers))
     )
     return layer_norm(params.final_norm, x_BTD, config.layer_norm_epsilon)
 
@@ -98,12 +104,20 @@ def embed(
 ) -> jax.Array:
     """Word embeddings [B, T, D], plus the two learned position tables where the model has them."""
     table_VD = scale_gradient(params.word_embedding, config.embedding_gradient_scale)
-    x_BTD = constrain(table_VD, "vocab", "stream")[tokens_BT]
+    x_BTD = _look_up(constrain(table_VD, "vocab", "embed"), tokens_BT, config.dtype)
     if config.positions == "learned_2d":
         tables = params.position_embedding, params.block_position_embedding
         for row, table_PD in enumerate(tables):
-            x_BTD += constrain(table_PD, "position", "stream")[positions_B2T[:, row]]
-    return constrain(x_BTD.astype(config.dtype), "batch", "length", "stream")
+            x_BTD += _look_up(table_PD, positions_B2T[:, row], config.dtype)
+    return x_BTD
+
+
+def _look_up(table: jax.Array, ids_BT: jax.Array, dtype: str) -> jax.Array:
+    """Rows of a table, [B, T, D]. Devices that share a table look up each other's tokens in their
+    own columns and then exchange them, so that neither the table nor its gradient travels."""
+    x_BTD = table[constrain(ids_BT, "replica", "length")].astype(dtype)
+    x_BTD = constrain(x_BTD, "replica", "length", "embed")
+    return constrain(x_BTD, "batch", "sequence", "stream")
 
 
 def block(
@@ -117,30 +131,34 @@ def block(
 ) -> tuple[jax.Array, Any]:
     """One block; `attend` decides over which keys, and what it keeps is handed back."""
     a_BTD = layer_norm(params.attention_norm, x_BTD, config.layer_norm_epsilon)
-    q_BTHK, k_BTHK, v_BTHK = jnp.moveaxis(linear("btd,dchk->btchk", params.qkv, a_BTD), 2, 0)
+    q_BTHK, k_BTHK, v_BTHK = checkpoint_name(linear("btd,dchk->cbthk", params.qkv, a_BTD), "qkv")
     if angles is not None:
         q_BTHK, k_BTHK = rotate(q_BTHK, *angles), rotate(k_BTHK, *angles)
     o_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK)
-    o_BTD = dropout(
-        linear("bthk,hkd->btd", params.attention_out, o_BTHK), attention_key, config.hidden_dropout
-    )
+    o_BTD = linear("bthk,hkd->btd", params.attention_out, o_BTHK)
+    o_BTD = dropout(checkpoint_name(o_BTD, "attention_out"), attention_key, config.hidden_dropout)
     residual_BTD = x_BTD if config.norm == "pre" else config.residual_scale * a_BTD
-    u_BTD = constrain(residual_BTD + o_BTD, "batch", "length", "stream")
+    u_BTD = constrain(residual_BTD + o_BTD, "batch", "sequence", "stream")
 
     m_BTD = layer_norm(params.ffn_norm, u_BTD, config.layer_norm_epsilon)
-    f_BTD = dropout(feed_forward(config, params, m_BTD), ffn_key, config.hidden_dropout)
+    f_BTD = checkpoint_name(feed_forward(config, params, m_BTD), "ffn_out")
+    f_BTD = dropout(f_BTD, ffn_key, config.hidden_dropout)
     residual_BTD = u_BTD if config.norm == "pre" else config.residual_scale * m_BTD
-    return constrain(residual_BTD + f_BTD, "batch", "length", "stream"), kept
+    return constrain(residual_BTD + f_BTD, "batch", "sequence", "stream"), kept
 
 
 def feed_forward(config: GLMConfig, params: Block, m_BTD: jax.Array) -> jax.Array:
     """ffn_out(gelu(ffn_in m)), or ffn_out(value * gelu(gate)) for geglu."""
     if config.ffn == "geglu":
-        value_gate = linear("btd,dgf->btgf", params.ffn_in, m_BTD)
-        f_BTF = value_gate[:, :, 0] * jax.nn.gelu(value_gate[:, :, 1], approximate=False)
+        value_gate_GBTF = linear("btd,dgf->gbtf", params.ffn_in, m_BTD)
+        # Left to itself XLA for TPUs lays T out last, and copies it twice in the backward pass.
+        value_gate_GBTF = row_major(value_gate_GBTF, "gate", "batch", "length", "mlp")
+        value_BTF, gate_BTF = checkpoint_name(value_gate_GBTF, "ffn_in")
+        f_BTF = value_BTF * jax.nn.gelu(gate_BTF, approximate=False)
     else:
-        f_BTF = jax.nn.gelu(linear("btd,df->btf", params.ffn_in, m_BTD), approximate=True)
-    return linear("btf,fd->btd", params.ffn_out, constrain(f_BTF, "batch", "length", "mlp"))
+        f_BTF = checkpoint_name(linear("btd,df->btf", params.ffn_in, m_BTD), "ffn_in")
+        f_BTF = jax.nn.gelu(f_BTF, approximate=True)
+    return linear("btf,fd->btd", params.ffn_out, f_BTF)
 
 
 def extend(
@@ -215,15 +233,25 @@ def decode_step(
     return logits(config, params, x_BTD), cache
 
 
+SAVED: dict[Remat, tuple[Saved, ...]] = {
+    "matmuls": ("qkv", "attention", "attention_out", "ffn_in"),
+    "ffn": ("attention", "attention_out", "ffn_in"),
+    "attention": ("attention", "attention_out"),
+    "block": (),
+}
+"""Outputs that each way of recomputing keeps. That of the feed-forward layer is never needed: the
+next block keeps its input."""
+
+
 def _remat(config: GLMConfig, layer: Callable[..., Any]) -> Callable[..., Any]:
-    """The layer with what `config.remat` says recomputed in the backward pass."""
+    """The layer with what the configuration says recomputed in the backward pass."""
     if config.remat == "none":
         return layer
-    keep = jax.checkpoint_policies
-    policy = {
-        "matmuls": keep.save_from_both_policies(
-            keep.dots_with_no_batch_dims_saveable, keep.save_only_these_names("attention")
-        ),
-        "block": keep.nothing_saveable,
-    }[config.remat]
+    saved = {*SAVED[config.remat], *config.saved}
+    policy = jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=sorted(saved - set(config.offloaded)),
+        names_which_can_be_offloaded=sorted(config.offloaded),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
     return jax.checkpoint(layer, policy=policy, prevent_cse=False)

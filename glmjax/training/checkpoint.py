@@ -22,23 +22,22 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from glmjax.config import Experiment, GLMConfig, config_from_json, config_to_json
+from glmjax.config import (
+    DistributedConfig,
+    Experiment,
+    GLMConfig,
+    config_from_json,
+    config_to_json,
+)
 from glmjax.model.params import Params, abstract_params, param_shardings
 from glmjax.training import checksums
+from glmjax.training.distributed import barrier
+from glmjax.training.history import check_continuation
 from glmjax.version import __version__
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a checkpoint and the run that continues it: none of it changes the
-# mathematics of a step. Everything in train may change but the three fields below.
-MAY_CHANGE = (
-    "train.", "mesh.", "data.workers", "data.cache", "data.skip",
-    "model.attention", "model.remat", "model.name",
-)  # fmt: skip
-TRAIN_MUST_MATCH = ("train.seed", "train.batch_size", "train.ramp")
-
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
-BARRIER_SECONDS = 1200
 
 # What orbax cannot do it raises, and this file reports; its running commentary, and the one of its
 # writes that fail after the first has, is not for users.
@@ -55,8 +54,15 @@ class CheckpointError(RuntimeError):
 class Checkpoints:
     """The checkpoints of one run: a folder of steps, of which the newest `keep` are kept."""
 
-    def __init__(self, directory: str | Path, keep: int):
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int,
+        barrier_seconds: int = DistributedConfig.barrier_seconds,
+    ):
         """Makes the folder if need be and clears away what an interrupted save left behind.
+
+        `barrier_seconds` is how long the processes of a job wait for each other's part of a save.
 
         Raises:
             CheckpointError: the folder cannot be made.
@@ -64,7 +70,8 @@ class Checkpoints:
         self.directory = _absolute(directory)
         self._keep = keep
         self._damaged: set[int] = set()
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+        self._barrier_seconds = barrier_seconds
+        self._checkpointer = _checkpointer(barrier_seconds)
         self._executor = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         try:
@@ -130,28 +137,25 @@ class Checkpoints:
             self._executor.shutdown()
             self._checkpointer.close()
 
-    def restore_latest(self, abstract_state: Any, experiment: Experiment) -> tuple[int, Any] | None:
-        """The step and state of the newest whole checkpoint; None when there is no checkpoint.
+    def restore_latest(
+        self, abstract_state: Any, experiment: Experiment, after: int = -1
+    ) -> tuple[int, Any] | None:
+        """The step and state of the newest whole checkpoint; None when none is after step `after`.
 
         Damaged ones are reported and passed over. The state goes to the shardings of
         `abstract_state`, a tree of `jax.ShapeDtypeStruct`, whatever mesh it was saved from.
 
         Raises:
             CheckpointError: there are checkpoints and all are damaged.
-            ValueError: it belongs to another configuration; the differing fields are listed.
+            ValueError: it belongs to another configuration, see `check_continuation`.
         """
         self.wait()
-        step, self._damaged = _newest_whole(self.directory)
+        step, self._damaged = _newest_whole(self.directory, after)
         if step is None:
             return None
         folder = self.directory / str(step)
         saved = config_from_json(Experiment, _read_metadata(folder)["experiment"])
-        differences = _differences(saved, experiment)
-        if differences:
-            raise ValueError(
-                f"checkpoint {folder} belongs to another configuration (checkpoint value -> this "
-                "run's value): " + "; ".join(differences)
-            )
+        check_continuation(saved, experiment, step, str(folder))
         return step, _restore(folder, abstract_state)
 
     def _remove_remains(self) -> list[epath.Path]:
@@ -169,7 +173,8 @@ class Checkpoints:
         """Completes a save in the background; only then removes checkpoints no longer wanted."""
         folder = self.directory / f"{step}{UNFINISHED}"
         with _failure_reported(folder):
-            _finish_writing(self._checkpointer, folder, self.directory / str(step))
+            target = self.directory / str(step)
+            _finish_writing(self._checkpointer, folder, target, self._barrier_seconds)
         older = [s for s in self.steps() if s < step and s not in self._damaged]
         unwanted = {*older[: max(0, len(older) + 1 - self._keep)], *(self._damaged - {step})}
         self._damaged = set()
@@ -191,12 +196,10 @@ def save_model(path: str | Path, config: GLMConfig, params: Params) -> None:
         raise FileExistsError(f"{target} exists and is not a glmjax model; not overwriting it")
     folder = target.with_name(target.name + UNFINISHED)
     metadata = {**_versions(), "model": config_to_json(config)}
-    with (
-        ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
-        _failure_reported(folder),
-    ):
+    seconds = DistributedConfig.barrier_seconds
+    with _checkpointer(seconds) as checkpointer, _failure_reported(folder):
         _start_writing(checkpointer, folder, {"params": params}, metadata)
-        _finish_writing(checkpointer, folder, target)
+        _finish_writing(checkpointer, folder, target, seconds)
 
 
 def load_model(path: str | Path) -> tuple[GLMConfig, Params]:
@@ -238,6 +241,12 @@ def load_model(path: str | Path) -> tuple[GLMConfig, Params]:
     return config, _restore(folder, {"params": abstract})["params"]
 
 
+def _checkpointer(barrier_seconds: int) -> ocp.AsyncCheckpointer:
+    return ocp.AsyncCheckpointer(
+        ocp.PyTreeCheckpointHandler(), async_options=ocp.AsyncOptions(timeout_secs=barrier_seconds)
+    )
+
+
 def _start_writing(
     checkpointer: ocp.AsyncCheckpointer, folder: epath.Path, state: Any, metadata: dict[str, Any]
 ) -> None:
@@ -252,13 +261,12 @@ def _start_writing(
 
 
 def _finish_writing(
-    checkpointer: ocp.AsyncCheckpointer, folder: epath.Path, target: epath.Path
+    checkpointer: ocp.AsyncCheckpointer, folder: epath.Path, target: epath.Path, seconds: int
 ) -> None:
     """Waits for the data, adds checksums and gives the folder its final name."""
     checkpointer.wait_until_finished()
-    barrier = ocp.multihost.get_barrier_sync_fn()
     checksums.write(folder)
-    barrier(key=f"{folder}:checksums", timeout_ms=BARRIER_SECONDS * 1000)
+    barrier(f"the checksums of {target}", seconds)
     if jax.process_index() == 0:
         replaced = target.with_name(target.name + REPLACED)
         if target.exists():
@@ -266,7 +274,7 @@ def _finish_writing(
         folder.rename(target)
         if replaced.exists():
             replaced.rmtree()
-    barrier(key=f"{folder}:renamed", timeout_ms=BARRIER_SECONDS * 1000)
+    barrier(f"the new name of {target}", seconds)
 
 
 @contextlib.contextmanager
@@ -301,50 +309,33 @@ def _restore(folder: epath.Path, abstract_state: Any) -> Any:
         )
 
 
-def _newest_whole(directory: epath.Path) -> tuple[int | None, set[int]]:
-    """The newest whole step and the damaged ones after it, which are reported.
+def _newest_whole(directory: epath.Path, after: int = -1) -> tuple[int | None, set[int]]:
+    """The newest whole step after `after`, and the damaged ones behind it, which are reported.
 
     Raises:
-        CheckpointError: every step is damaged.
+        CheckpointError: every step is damaged, and there is no `after` to fall back on.
     """
     damaged: dict[int, str] = {}
-    for step in reversed(_steps(directory)):
+    whole = None
+    for step in reversed([step for step in _steps(directory) if step > after]):
         damage = checksums.find_damage(directory / str(step))
         if damage is None:
-            for bad, reason in damaged.items():
-                logger.warning(
-                    "checkpoint %s is damaged (%s); step %d is used instead",
-                    directory / str(bad), reason, step,
-                )  # fmt: skip
-            return step, set(damaged)
+            whole = step
+            break
         damaged[step] = damage
-    if damaged:
+    if damaged and whole is None and after < 0:
         reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
         raise CheckpointError(f"every checkpoint in {directory} is damaged: {reasons}")
-    return None, set()
+    for step, reason in damaged.items():
+        logger.warning(
+            "checkpoint %s is damaged (%s); step %d is used instead",
+            directory / str(step), reason, after if whole is None else whole,
+        )  # fmt: skip
+    return whole, set(damaged)
 
 
 def _steps(directory: epath.Path) -> list[int]:
     return sorted(int(folder.name) for folder in directory.iterdir() if folder.name.isdecimal())
-
-
-def _differences(saved: Experiment, current: Experiment) -> list[str]:
-    """Fields that must agree and do not, as `field: saved value -> current value`."""
-    old, new = _flatten(config_to_json(saved)), _flatten(config_to_json(current))
-    return [
-        f"{name}: {old.get(name)} -> {new.get(name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
-        and (name in TRAIN_MUST_MATCH or not name.startswith(MAY_CHANGE))
-    ]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in values.items():
-        nested = isinstance(value, dict)
-        flat.update(_flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value})
-    return flat
 
 
 def _read_metadata(folder: epath.Path) -> dict[str, Any]:

@@ -6,19 +6,18 @@ import functools
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
-from glmjax.config import Experiment, config_to_json, parse_range
+from glmjax.config import DistributedConfig, Experiment, config_to_json, parse_range
 from glmjax.data.baselines import count_targets, uniform_loss, unigram_loss
 from glmjax.data.blanks import OBJECTIVES, Batch
 from glmjax.data.cache import write_whole
@@ -27,8 +26,13 @@ from glmjax.data.prepare import Corpora, prepare
 from glmjax.data.ramp import batch_size_at, rows_before
 from glmjax.data.tokenizers import check_vocabulary
 from glmjax.model.params import Params, count_params
-from glmjax.sharding import make_mesh
+from glmjax.sharding import batch_shards, make_mesh
+from glmjax.training.agreement import check_equal, check_shared, from_process_0
 from glmjax.training.checkpoint import Checkpoints
+from glmjax.training.compiler_options import options_for
+from glmjax.training.goodput import Ledger
+from glmjax.training.history import record_changes
+from glmjax.training.local import LocalCheckpoints
 from glmjax.training.metrics import (
     Writer,
     flops,
@@ -37,9 +41,9 @@ from glmjax.training.metrics import (
     read_metrics,
     truncate_metrics,
 )
-from glmjax.training.optimizer import learning_rate
 from glmjax.training.plot import plot_losses
 from glmjax.training.progress import Progress
+from glmjax.training.schedule import embedding_gradient_scale, learning_rate
 from glmjax.training.step import (
     Controls,
     StepMetrics,
@@ -47,11 +51,12 @@ from glmjax.training.step import (
     abstract_state,
     evaluate_step,
     init_state,
+    lower_train_step,
     microbatch_size,
     put_batch,
-    step_settings,
-    train_step,
+    put_controls,
 )
+from glmjax.training.stopping import stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +85,8 @@ class Summary:
     parameters: int
     signal: str | None = None
     """The signal that ended the run early."""
+    goodput: dict[str, float] = field(default_factory=dict)
+    """Share of each kind in the time of all starts of the run, see `Ledger`."""
 
 
 @dataclass
@@ -93,18 +100,28 @@ class _Interval:
     skipped: int = 0
 
 
-def fit(experiment: Experiment) -> Summary:
+def fit(experiment: Experiment, program_began: float | None = None) -> Summary:
     """Trains until `train.steps`, or until SIGTERM or SIGINT, which save first.
 
-    A run folder with checkpoints is continued from the newest whole one.
+    A run folder with checkpoints is continued from the newest whole one. All processes of a job
+    call this with the same experiment. The ledger counts from `program_began`, a Unix time.
 
     Raises:
         ValueError: the configuration, the data or an earlier checkpoint does not fit.
         TrainingError: `train.max_skipped` steps in a row were not finite or exploded.
         CheckpointError: a checkpoint could not be written or none could be read.
     """
+    began = time.time() if program_began is None else program_began
     train, run = experiment.train, Path(experiment.train.run)
     is_main = jax.process_index() == 0
+    if train.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", train.compilation_cache)
+
+    # Devices
+    mesh = make_mesh(experiment.mesh)
+    microbatch = microbatch_size(experiment, mesh)
+    room = train.batch_size // microbatch
+    shards, num_shards = batch_shards(mesh)
 
     # Data
     corpora = prepare(experiment.data, experiment.objective)
@@ -114,28 +131,29 @@ def fit(experiment: Experiment) -> Summary:
             f"model.special_tokens = {experiment.model.special_tokens} differ from the tokenizer's "
             f"{corpora.tokenizer.special_tokens}"
         )
-    shares = {"process": jax.process_index(), "num_processes": jax.process_count()}
-    dataset = make_dataset(experiment, corpora, **shares)
-    heldout = list(make_heldout_dataset(experiment, corpora, **shares))
-    baselines = _baselines(corpora, dataset, heldout)
-
-    # Devices
-    mesh = make_mesh(experiment.mesh)
-    microbatch = microbatch_size(experiment, mesh)
-    room = train.batch_size // microbatch
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    settings = dataclasses.replace(experiment, distributed=DistributedConfig())
+    check_equal(json.dumps(config_to_json(settings)), "the configuration")
+    check_equal(corpora.digest + corpora.tokenizer.digest, "the text or the vocabulary")
+    check_shared(run)
+    dataset = make_dataset(
+        experiment, corpora, shards=shards, num_shards=num_shards, multiple=microbatch
+    )
+    heldout = list(make_heldout_dataset(experiment, corpora, shards=shards, num_shards=num_shards))
+    baselines = _baselines(experiment, corpora)
 
     with (
         jax.set_mesh(mesh),
-        Checkpoints(run / "checkpoints", train.keep_checkpoints) as checkpoints,
-        _signals() as received,
+        Checkpoints(
+            run / "checkpoints", train.keep_checkpoints, experiment.distributed.barrier_seconds
+        ) as checkpoints,
+        stop_signals() as stop,
         Progress(train.steps, enabled=is_main) as progress,
         _profiler(train.profile, run) as profile,
     ):
         # State: the newest whole checkpoint, else a new one
-        first_step, state = checkpoints.restore_latest(
-            abstract_state(experiment, mesh), experiment
-        ) or (0, init_state(experiment, mesh))
+        ledger = Ledger(began, run / "goodput.jsonl" if is_main else None)
+        local = _open_local(experiment, ledger) if train.local_checkpoints else None
+        first_step, state = _first_state(experiment, mesh, checkpoints, local)
         finished = _finished(run, first_step)
         if finished is not None and first_step >= train.steps:
             progress.finished(first_step, run)
@@ -143,29 +161,37 @@ def fit(experiment: Experiment) -> Summary:
 
         # Run folder
         if is_main:
-            _open_run(experiment, corpora, run)
+            _open_run(experiment, corpora, run, first_step)
             truncate_metrics(run / "metrics.jsonl", first_step)
+        ledger.start(first_step)
         writers = open_writers(experiment) if is_main else []
         progress.start(first_step, run)
 
         # Loop
-        settings = step_settings(experiment)
-        began = time.perf_counter()
-        interval = _Interval(began)
+        with ledger.spending("compile"):
+            options = options_for(mesh.devices.flat[0].device_kind)
+            train_step = lower_train_step(experiment, mesh).compile(options or None)
+        ledger.enter("step")
+        loop_began = time.perf_counter()
+        interval = _Interval(loop_began)
         pending: tuple[int, StepMetrics] | None = None
         heldout_loss = None
         step = first_step
         stream = batches(dataset, first_step, experiment.data.workers)
-        report = functools.partial(_report, experiment, writers, progress)
+        report = functools.partial(_report, experiment, writers, progress, ledger)
         with jax.transfer_guard("disallow"), contextlib.closing(stream):
-            while step < train.steps and not received:
+            while step < train.steps and not stop.requested(step):
                 profile(step, state)
-                num_microbatches = batch_size_at(train, step) // microbatch
-                batch = put_batch(mesh, next(stream), num_microbatches, room)
-                controls = Controls(np.int32(num_microbatches), np.float32(_rate(experiment, step)))
-                state, metrics = train_step(
-                    settings, state, batch, jax.device_put(controls, everywhere)
+                num_microbatches = -(-batch_size_at(train, step) // microbatch)
+                with ledger.spending("data"):
+                    rows = next(stream)
+                batch = put_batch(mesh, rows, num_microbatches, room)
+                controls = Controls(
+                    np.int32(num_microbatches),
+                    np.float32(learning_rate(experiment, step)),
+                    np.float32(embedding_gradient_scale(experiment, step)),
                 )
+                state, metrics = train_step(state, batch, put_controls(mesh, controls))
                 if pending is not None:
                     interval = report(interval, *pending)
                 pending = (step, metrics)
@@ -179,19 +205,28 @@ def fit(experiment: Experiment) -> Summary:
                 heldout_loss = None
                 if evaluates:
                     paused = time.perf_counter()
-                    heldout_loss = _evaluate(experiment, mesh, state.params, heldout, writers, step)
+                    with ledger.spending("evaluate"):
+                        heldout_loss = _evaluate(
+                            experiment, mesh, state.params, heldout, writers, step
+                        )
                     progress.evaluated(step, heldout_loss, baselines["unigram"])
                     interval.began += time.perf_counter() - paused
-                if saves:
-                    checkpoints.save(step, state, experiment)
+                with ledger.spending("checkpoint"):
+                    if saves:
+                        checkpoints.save(step, state, experiment)
+                    elif local is not None and step % train.local_checkpoint_every == 0:
+                        local.save(step, state, experiment)
             if pending is not None:
                 report(interval, *pending)
-            if received and step > first_step:
-                checkpoints.save(step, state, experiment)
-        if heldout_loss is None and not received:  # the last steps were made by an earlier process
-            heldout_loss = _evaluate(experiment, mesh, state.params, heldout, [], step)
-        checkpoints.wait()
-        seconds = time.perf_counter() - began
+            if stop.signal and step > first_step:
+                with ledger.spending("checkpoint"):
+                    checkpoints.save(step, state, experiment)
+        if heldout_loss is None and not stop.signal:  # an earlier process made the last steps
+            with ledger.spending("evaluate"):
+                heldout_loss = _evaluate(experiment, mesh, state.params, heldout, [], step)
+        with ledger.spending("checkpoint"):
+            checkpoints.wait()
+        seconds = time.perf_counter() - loop_began
 
     # Results
     tokens = rows_before(train, step) * experiment.data.sequence_length
@@ -205,11 +240,13 @@ def fit(experiment: Experiment) -> Summary:
         tokens_per_second=new_tokens / seconds,
         seconds=seconds,
         parameters=count_params(experiment.model),
-        signal=received[0].name if received else None,
+        signal=stop.signal.name if stop.signal else None,
+        goodput=ledger.note(step),
     )
     if is_main:
         _write_json(run / "summary.json", dataclasses.asdict(summary))
-        plot_losses(read_metrics(run / "metrics.jsonl"), baselines, run / "loss.png")
+        changes = [row["step"] for row in read_metrics(run / "history.jsonl")]
+        plot_losses(read_metrics(run / "metrics.jsonl"), baselines, run / "loss.png", changes)
     return summary
 
 
@@ -220,16 +257,46 @@ def _finished(run: Path, step: int) -> Summary | None:
     return summary if summary is not None and summary.steps == step and not summary.signal else None
 
 
-def _baselines(corpora: Corpora, dataset: Any, heldout: list[Batch]) -> dict[str, float]:
+def _first_state(
+    experiment: Experiment, mesh: Mesh, checkpoints: Checkpoints, local: LocalCheckpoints | None
+) -> tuple[int, TrainState]:
+    """Where the run goes on from: the newest checkpoint, durable or local, else the beginning."""
+    abstract = abstract_state(experiment, mesh)
+    newest = local.newest(abstract) if local is not None else -1
+    restored = checkpoints.restore_latest(abstract, experiment, after=newest)
+    if restored is None and local is not None and newest >= 0:
+        restored = newest, local.restore(newest, abstract, experiment)
+    if restored is None:
+        restored = 0, init_state(experiment, mesh)
+    if local is not None:
+        local.drop_after(restored[0])
+    return restored
+
+
+def _open_local(experiment: Experiment, ledger: Ledger) -> LocalCheckpoints:
+    """The local checkpoints of this run, whose ledger process 0 has."""
+    run_id = from_process_0(ledger.run_id).hex
+    return LocalCheckpoints(str(experiment.train.local_checkpoints), run_id)
+
+
+def _baselines(experiment: Experiment, corpora: Corpora) -> dict[str, float]:
+    """Losses of models that know nothing, and only how often each token is a target."""
     size = corpora.tokenizer.vocab_size
-    training_V = count_targets((dataset[i] for i in range(BASELINE_BATCHES)), size)
+
+    def count(batches: Any) -> np.ndarray:
+        mine = range(jax.process_index(), len(batches), jax.process_count())
+        counts_V = count_targets((batches[i] for i in mine), size).astype(np.int32)
+        return multihost_utils.process_allgather(counts_V).reshape(-1, size).sum(0, np.int64)
+
+    training = make_dataset(experiment, corpora)[:BASELINE_BATCHES]
+    heldout = make_heldout_dataset(experiment, corpora)
     return {
         "uniform": uniform_loss(size),
-        "unigram": unigram_loss(training_V, count_targets(heldout, size)),
+        "unigram": unigram_loss(count(training), count(heldout)),
     }
 
 
-def _open_run(experiment: Experiment, corpora: Corpora, run: Path) -> None:
+def _open_run(experiment: Experiment, corpora: Corpora, run: Path, first_step: int) -> None:
     """Makes the run folder and its descriptions.
 
     Raises:
@@ -244,6 +311,7 @@ def _open_run(experiment: Experiment, corpora: Corpora, run: Path) -> None:
             "or choose another --train.run"
         )
     corpora.tokenizer.save(run / "tokenizer.model")
+    record_changes(run, first_step, experiment)
     _write_json(run / "config.json", config_to_json(experiment))
     _write_json(identity, contents)
 
@@ -252,18 +320,11 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
-def _rate(experiment: Experiment, step: int) -> float:
-    """Learning rate of a step; the first step is one step, or one batch, into the schedule."""
-    position = step + 1
-    if experiment.optimizer.schedule_unit == "samples":
-        position = rows_before(experiment.train, step + 1)
-    return learning_rate(experiment.optimizer, position)
-
-
 def _report(
     experiment: Experiment,
     writers: list[Writer],
     progress: Progress,
+    ledger: Ledger,
     interval: _Interval,
     step: int,
     metrics: StepMetrics,
@@ -312,17 +373,20 @@ def _report(
         },
         "gradient_norm": float(metrics.gradient_norm),
         "embedding_gradient_norm": float(metrics.embedding_gradient_norm),
-        "learning_rate": _rate(experiment, step),
+        "learning_rate": learning_rate(experiment, step),
         "rows": rows_before(train, done),
         "skipped_steps": interval.skipped,
         "tokens_per_second": interval.rows * length / seconds,
         "flops_per_second": flops_per_second,
     }
+    if experiment.optimizer.embedding_gradient_scale_changes:
+        row["embedding_gradient_scale"] = embedding_gradient_scale(experiment, step)
     utilisation = model_flops_utilisation(
         flops_per_second, jax.devices()[0].device_kind, jax.device_count()
     )
     if utilisation is not None:
         row["model_flops_utilisation"] = utilisation
+    row |= {f"goodput/{kind}": round(share, 4) for kind, share in ledger.note(done).items()}
     row = {name: value for name, value in row.items() if math.isfinite(value)}  # JSON has no NaN
     for write in writers:
         write(done, row)
@@ -372,21 +436,3 @@ def _profiler(steps: str | None, run: Path) -> Iterator[Callable[[int, TrainStat
     finally:
         if tracing:
             jax.profiler.stop_trace()
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """The list of SIGTERM and SIGINT received so far; a second SIGINT interrupts at once."""
-    received: list[signal.Signals] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and received:
-            raise KeyboardInterrupt
-        received.append(signal.Signals(number))
-
-    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

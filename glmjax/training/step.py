@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from glmjax.config import Experiment, GLMConfig, TrainConfig
+from glmjax.config import DistributedConfig, Experiment, GLMConfig, TrainConfig
 from glmjax.data.blanks import OBJECTIVES, Batch
 from glmjax.data.ramp import batch_sizes
 from glmjax.model.attention import BlankMask
 from glmjax.model.params import Params, abstract_params, init, param_shardings
 from glmjax.model.transformer import encode, output_table
-from glmjax.sharding import RULES
+from glmjax.sharding import RULES, batch_shards
 from glmjax.training.loss import cross_entropy
-from glmjax.training.optimizer import adamw
+from glmjax.training.optimizer import adamw, optimizer_shardings
 
 
 @struct.dataclass
@@ -43,6 +43,8 @@ class Controls:
     num_microbatches: Any
     """How many microbatches of the batch count; the rest is room for a batch that grows."""
     learning_rate: Any
+    embedding_gradient_scale: Any
+    """Takes the place of the model's own where optimizer.embedding_gradient_scale_changes is set."""
 
 
 @struct.dataclass
@@ -74,18 +76,18 @@ def _start(experiment: Experiment, params: Params) -> TrainState:
     return TrainState(zero, params, optimizer, jnp.zeros((), jnp.float32), zero)
 
 
-def state_shardings(experiment: Experiment, mesh: Mesh) -> TrainState:
-    """Shardings of the state: moments like their parameters, the rest on every device."""
+def state_shardings(experiment: Experiment, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Shardings of the state: moments like their parameters, the rest on every device.
+
+    Raises:
+        ValueError: a mesh axis does not divide a parameter's dimension.
+    """
     everywhere = NamedSharding(mesh, PartitionSpec())
     params = param_shardings(experiment.model, mesh)
-    transformation = adamw(experiment.model, experiment.optimizer)
-    optimizer = optax.tree_utils.tree_map_params(
-        transformation,
-        lambda _, sharding: sharding,
-        jax.eval_shape(transformation.init, abstract_params(experiment.model)),
-        params,
-        transform_non_params=lambda _: everywhere,
+    state = jax.eval_shape(
+        adamw(experiment.model, experiment.optimizer).init, abstract_params(experiment.model)
     )
+    optimizer = optimizer_shardings(params, state, experiment.optimizer)
     return TrainState(everywhere, params, optimizer, everywhere, everywhere)
 
 
@@ -137,20 +139,39 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
 
 
 def put_batch(mesh: Mesh, batch: Batch, num_microbatches: int = 1, room: int = 1) -> Batch:
-    """This process's rows as a global array [M, B / M, ...], split over the mesh by rows.
+    """The rows of this process's `batch_shards` as a global array [M, B / M, ...], split by rows.
 
     Row i of a device's rows goes to microbatch i mod M, so that every microbatch is spread evenly.
     With more room than microbatches the rest is zeros, so that a growing batch keeps its shape.
     """
     sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+    shards, num_shards = batch_shards(mesh)
     empty = max(0, room - num_microbatches)
 
     def put(rows: np.ndarray) -> jax.Array:
         rows = rows.reshape(-1, num_microbatches, *rows.shape[1:]).swapaxes(0, 1)
         rows = np.pad(rows, [(0, empty), *[(0, 0)] * (rows.ndim - 1)]) if empty else rows
-        return jax.make_array_from_process_local_data(sharding, rows)
+        size = rows.shape[1] // len(shards)  # rows of a shard in one microbatch
 
-    return jax.tree.map(put, batch)
+        def rows_of(index: Any) -> np.ndarray:
+            shard = shards.index((index[1].start or 0) // size)
+            return rows[:, shard * size : (shard + 1) * size]
+
+        shape = (rows.shape[0], size * num_shards, *rows.shape[2:])
+        return jax.make_array_from_callback(shape, sharding, rows_of)
+
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(put, batch)
+
+
+def put_controls(mesh: Mesh, controls: Controls) -> Controls:
+    """The controls on every device. Unlike `jax.device_put` it does not ask the other processes
+    whether theirs are equal, for which all would wait."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.tree.map(
+            lambda value: jax.make_array_from_callback((), sharding, lambda _: value), controls
+        )
 
 
 def loss_and_metrics(
@@ -204,6 +225,9 @@ def train_step(
             zeros,
         )
 
+    if experiment.optimizer.embedding_gradient_scale_changes:
+        factor = controls.embedding_gradient_scale / config.embedding_gradient_scale
+        gradients = _scale_embeddings(gradients, factor)
     weight = jnp.maximum(weights_O.sum(), 1)
     loss = losses_O.sum() / weight
     gradient_norm = optax.tree_utils.tree_norm(gradients) / weight
@@ -214,6 +238,8 @@ def train_step(
 
     scale = jnp.minimum(1, experiment.optimizer.clip / gradient_norm) / weight
     gradients = jax.tree.map(lambda g: g * scale, gradients)
+    if experiment.optimizer.offload:
+        state = dataclasses.replace(state, optimizer=_to_device(state.optimizer))
     updates, optimizer = adamw(config, experiment.optimizer).update(
         gradients, state.optimizer, state.params
     )
@@ -228,21 +254,39 @@ def train_step(
     old = dataclasses.replace(state, skipped=state.skipped + 1)
     state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old)
     state = dataclasses.replace(state, step=state.step + 1)
+    # XLA would choose other shardings, with which the state fits neither its memory nor the next step.
+    shardings = state_shardings(experiment, jax.sharding.get_abstract_mesh())
+    state = jax.lax.with_sharding_constraint(state, shardings)
     return state, StepMetrics(
         loss, losses_O, weights_O, gradient_norm, embedding_norm, taken, state.skipped
     )
 
 
+def _to_device(tree: Any) -> Any:
+    return jax.device_put(tree, jax.memory.Space.Device)
+
+
+def _scale_embeddings(gradients: Params, factor: jax.Array) -> Params:
+    tables = {name: getattr(gradients, name) for name in ("word_embedding", "output_embedding")}
+    return dataclasses.replace(gradients, **jax.tree.map(lambda g: g * factor, tables))
+
+
 def lower_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
     """The step of an experiment on a mesh, which may be of absent devices, ready to compile."""
+    return trace_train_step(experiment, mesh).lower()
+
+
+def trace_train_step(experiment: Experiment, mesh: Mesh) -> jax.stages.Traced:
+    """The step of an experiment on a mesh as a traced program, whose FLOPs can be counted."""
     everywhere = NamedSharding(mesh, PartitionSpec())
     controls = Controls(
         num_microbatches=jax.ShapeDtypeStruct((), np.int32, sharding=everywhere),
         learning_rate=jax.ShapeDtypeStruct((), np.float32, sharding=everywhere),
+        embedding_gradient_scale=jax.ShapeDtypeStruct((), np.float32, sharding=everywhere),
     )
     state, batch = abstract_state(experiment, mesh), abstract_batch(experiment, mesh)
     with jax.set_mesh(mesh):
-        return train_step.lower(step_settings(experiment), state, batch, controls)
+        return train_step.trace(step_settings(experiment), state, batch, controls)
 
 
 def step_settings(experiment: Experiment) -> Experiment:
@@ -250,7 +294,7 @@ def step_settings(experiment: Experiment) -> Experiment:
     train = TrainConfig(
         seed=experiment.train.seed, exploding_ratio=experiment.train.exploding_ratio
     )
-    return dataclasses.replace(experiment, train=train)
+    return dataclasses.replace(experiment, train=train, distributed=DistributedConfig())
 
 
 @partial(jax.jit, static_argnums=0)

@@ -13,6 +13,7 @@ import pytest
 
 import glmjax
 from glmjax.config import Experiment, ObjectiveConfig, TrainConfig, replace
+from glmjax.data.blanks import Batch
 from glmjax.data.pipeline import batches, make_dataset, make_heldout_dataset
 from glmjax.data.prepare import prepare
 from glmjax.presets import get_config
@@ -90,12 +91,12 @@ def test_steps_can_be_asked_for_in_any_order(experiment, corpora):
     assert dataset[10**9].tokens_BT.shape == (8, 64)
 
 
-@pytest.mark.parametrize("num_processes", [2, 4, 8])
-def test_processes_share_the_batch(experiment, corpora, num_processes):
+@pytest.mark.parametrize("num_shards", [2, 4, 8])
+def test_shards_make_up_the_batch(experiment, corpora, num_shards):
     whole = make_dataset(experiment, corpora)
     parts = [
-        make_dataset(experiment, corpora, process=process, num_processes=num_processes)
-        for process in range(num_processes)
+        make_dataset(experiment, corpora, shards=(shard,), num_shards=num_shards)
+        for shard in range(num_shards)
     ]
     for step in (0, 5):
         joined = map(np.concatenate, zip(*(part[step] for part in parts), strict=True))
@@ -103,9 +104,9 @@ def test_processes_share_the_batch(experiment, corpora, num_processes):
 
 
 @pytest.mark.parametrize("draw", ["batch", "row"])
-def test_processes_share_the_drawn_objective(experiment, corpora, draw):
+def test_shards_have_the_drawn_objective(experiment, corpora, draw):
     experiment = replace(experiment, **{"objective.draw": draw})
-    parts = [make_dataset(experiment, corpora, process=p, num_processes=2) for p in range(2)]
+    parts = [make_dataset(experiment, corpora, shards=(p,), num_shards=2) for p in range(2)]
     for step in range(20):
         objectives = np.concatenate([part[step].objective_B for part in parts])
         np.testing.assert_array_equal(
@@ -114,14 +115,20 @@ def test_processes_share_the_drawn_objective(experiment, corpora, draw):
         assert draw == "row" or len(set(objectives)) == 1
 
 
-def test_uneven_processes_are_refused(experiment, corpora):
-    with pytest.raises(ValueError, match="3 processes cannot share a batch of 8 rows evenly"):
-        make_dataset(experiment, corpora, num_processes=3)
-    with pytest.raises(ValueError, match="3 processes cannot share a batch of 8 rows evenly"):
-        make_heldout_dataset(experiment, corpora, num_processes=3)
+def test_several_shards_follow_each_other(experiment, corpora):
+    parts = make_dataset(experiment, corpora, shards=(0, 3), num_shards=4)
+    whole = make_dataset(experiment, corpora)[5]
+    assert_equal(parts[5], type(whole)(*(rows[[0, 1, 6, 7]] for rows in whole)))
+
+
+def test_batches_that_cannot_be_cut_are_refused(experiment, corpora):
+    with pytest.raises(ValueError, match="8 rows cannot be cut into 3 equal shards"):
+        make_dataset(experiment, corpora, num_shards=3)
+    with pytest.raises(ValueError, match="8 rows cannot be cut into 3 equal shards"):
+        make_heldout_dataset(experiment, corpora, num_shards=3)
     ramped = replace(experiment, **{"train.ramp": (2, 2, 50)})
-    with pytest.raises(ValueError, match="4 processes cannot share a batch of 2 rows evenly"):
-        make_dataset(ramped, corpora, num_processes=4)
+    with pytest.raises(ValueError, match="2 rows cannot be cut into 4 equal shards"):
+        make_dataset(ramped, corpora, num_shards=4)
 
 
 def test_too_few_rows_for_one_batch(experiment, numbered):
@@ -208,13 +215,32 @@ def test_skipping_in_a_ramp(experiment, numbered):
     assert left == (order[:4] + order[12:])[: len(left)]
 
 
-def test_ramped_processes_share_the_batch(experiment, corpora):
+def test_shards_make_up_a_growing_batch(experiment, corpora):
     experiment = replace(experiment, **{"train.ramp": (4, 2, 20)})
     whole = make_dataset(experiment, corpora)
-    parts = [make_dataset(experiment, corpora, process=p, num_processes=2) for p in range(2)]
+    parts = [make_dataset(experiment, corpora, shards=(p,), num_shards=2) for p in range(2)]
     for step in range(8):
         joined = map(np.concatenate, zip(*(part[step] for part in parts), strict=True))
         assert_equal(whole[step], type(whole[step])(*joined))
+
+
+@pytest.mark.parametrize("shards", [[(0, 1, 2, 3)], [(0, 1), (2, 3)], [(0, 3), (1,), (2,)]])
+def test_growing_batch_is_filled_up_with_empty_rows(experiment, corpora, shards):
+    """Batches of 2, 4, 6 and 8 rows for 4 devices, which take 4 rows at once."""
+    experiment = replace(experiment, **{"train.ramp": (2, 2, 24)})
+    whole = make_dataset(experiment, corpora)
+    parts = [
+        make_dataset(experiment, corpora, shards=some, num_shards=4, multiple=4) for some in shards
+    ]
+    order = [shard for some in shards for shard in some]
+    for step, size in ((0, 4), (4, 4), (6, 8), (8, 8)):
+        joined = Batch(*map(np.concatenate, zip(*(part[step] for part in parts), strict=True)))
+        assert len(joined.tokens_BT) == size
+        in_order = np.argsort(np.repeat(order, size // 4), kind="stable")
+        joined = Batch(*(rows[in_order] for rows in joined))
+        real = len(whole[step].tokens_BT)
+        assert_equal(Batch(*(rows[:real] for rows in joined)), whole[step])
+        assert not any(rows[real:].any() for rows in joined)
 
 
 def test_heldout_batches_are_fixed(experiment, corpora):
@@ -223,7 +249,7 @@ def test_heldout_batches_are_fixed(experiment, corpora):
     assert len(dataset) == 3
     for a, b in zip(dataset, other_seed, strict=True):
         assert_equal(a, b)
-    parts = [make_heldout_dataset(experiment, corpora, process=p, num_processes=2) for p in (0, 1)]
+    parts = [make_heldout_dataset(experiment, corpora, shards=(p,), num_shards=2) for p in (0, 1)]
     joined = map(np.concatenate, zip(*(part[1] for part in parts), strict=True))
     assert_equal(dataset[1], type(dataset[1])(*joined))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glmjax.config import replace
+from glmjax.config import MeshConfig, replace
 from glmjax.kernels.blank_attention import tpu, tpu_decode
 from glmjax.model.attention import BlankMask
 from glmjax.model.params import abstract_params, param_shardings
@@ -107,7 +107,7 @@ def test_decoding_copies_no_cache(generation):
 
 def compile_training(generation):
     """The program of one model's gradients on four chips, as text."""
-    mesh = absent_mesh(generation, 1, 2, 2)
+    mesh = absent_mesh(generation, MeshConfig(data=1, fsdp=2, tensor=2))
     config = replace(
         get_config("glm-base"), num_layers=2, dtype="bfloat16", max_positions=1024, remat="block"
     )

@@ -1,5 +1,7 @@
 """A step is the same on every mesh, in every number of microbatches, or does not happen."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,14 +85,14 @@ def start():
     return TrainState(np.int32(0), params, (moments, *rest), np.float32(1.0), np.int32(0))
 
 
-def run_step(state, batch, mesh=None, experiment=EXPERIMENT, microbatches=1, room=1):
+def run_step(state, batch, mesh=None, experiment=EXPERIMENT, microbatches=1, room=1, scale=1):
     """New state and metrics on the host; one device without a mesh."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
     with jax.set_mesh(mesh):
         state = jax.device_put(state, state_shardings(experiment, mesh))
         rows = put_batch(mesh, batch, microbatches, room)
         everywhere = jax.NamedSharding(mesh, jax.P())
-        controls = Controls(np.int32(microbatches), np.float32(RATE))
+        controls = Controls(np.int32(microbatches), np.float32(RATE), np.float32(scale))
         controls = jax.device_put(controls, everywhere)
         with jax.transfer_guard("disallow"):
             new, metrics = train_step(experiment, state, rows, controls)
@@ -243,6 +245,32 @@ def test_embedding_gradient_scale_shrinks_exactly_the_word_embedding(start):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2.0**-20, atol=1e-12), found, expected
     )
+
+
+def test_scheduled_embedding_gradient_scale_takes_the_place_of_the_models(start):
+    """Powers of two, so that scaling the gradient twice gives the same bits as scaling it once."""
+
+    def untied(params):
+        return dataclasses.replace(params, output_embedding=params.word_embedding)
+
+    moments, *rest = start.optimizer
+    moments = moments._replace(mu=untied(moments.mu), nu=untied(moments.nu))
+    state = start.replace(params=untied(start.params), optimizer=(moments, *rest))
+
+    def run(static, changes=(), **arguments):
+        experiment = replace(
+            EXPERIMENT,
+            **{
+                "model.tied_embeddings": False, "model.embedding_gradient_scale": static,
+                "optimizer.embedding_gradient_scale_changes": changes,
+            },
+        )  # fmt: skip
+        return run_step(state, make_batch(), experiment=experiment, **arguments)
+
+    quarter = run(0.25)
+    assert_same_bits(run(0.5, ((0, 0, 0.25),), scale=0.25), quarter)
+    unscaled = run(0.5, ((0, 0, 0.25),), scale=0.5)
+    assert unscaled[1].embedding_gradient_norm == 2 * quarter[1].embedding_gradient_norm
 
 
 def test_gradient_is_clipped_to_its_norm(start):

@@ -99,8 +99,8 @@ def attend_cache(
     Raises:
         ValueError: there are more than eight queries, or tiles.keys is no multiple of 128.
     """
-    _, T, H, K = q_BTHK.shape
-    S = k_NBHSK.shape[3]
+    B, T, H, K = q_BTHK.shape
+    N, S = k_NBHSK.shape[0], k_NBHSK.shape[3]
     tiles = tiles or default_tiles(k_NBHSK.dtype)
     if T > QUERIES:
         raise ValueError(f"decode attention takes at most {QUERIES} queries per row, got {T}")
@@ -140,6 +140,11 @@ def attend_cache(
         ),
         out_shape=jax.ShapeDtypeStruct(q_BHTK.shape, q_BHTK.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * B * H * T * S * K,
+            transcendentals=B * H * T * S,
+            bytes_accessed=sum(x.nbytes for x in operands) // N,
+        ),
         name="blank_decode",
         interpret=interpret,
     )(

@@ -1,0 +1,61 @@
+"""GLM-Base (110M): is blank infilling a better way to pretrain than BERT's masked tokens?
+
+    glmjax plan experiments/glm_base.py --topology v5e:4x4
+    glmjax train experiments/glm_base.py --data.path wiki/ books/ --data.tokenizer bert.model
+
+The original ran on 64 V100. Published: 70.7 points on average over SuperGLUE after fine-tuning, where
+BERT-Base has 66.1 (GLM paper, table 1). Values are those of THUDM/GLM: config/ds_block_base.sh,
+config/config_block_base.json, and the defaults of its arguments.py.
+"""
+
+from glmjax.config import (
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from glmjax.presets import get_config
+
+
+def experiment() -> Experiment:
+    return Experiment(
+        # Dropout 0.1 everywhere: defaults of arguments.py. The original computed in float16.
+        model=get_config("glm-base", dtype="bfloat16"),
+        objective=ObjectiveConfig(
+            token=1.0,  # ds_block_base.sh --bert-prob
+            mask_ratio=0.15,  # blocklm_utils.py bert_ratio
+            mean_span=3.0,  # arguments.py --avg-block-length
+            task_masks=False,  # no --task-mask: every blank is [MASK]
+            cross_document_attention=True,  # data_utils/datasets.py: no mask between them
+        ),
+        data=DataConfig(
+            path=("data/wikipedia", "data/bookscorpus"),  # --train-data bert-base
+            tokenizer="data/bert-base-uncased.model",  # --tokenizer-model-type
+            text_length=512,  # --seq-length
+            sequence_length=576,  # room for blanks; the original pads to the longest row
+            heldout=0.05,  # --split 949,50,1
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=4e-4,  # config_block_base.json
+            floor_ratio=0.05,  # --lr-decay-ratio
+            schedule="cosine",  # --lr-decay-style
+            warmup=6000,  # --warmup .05 of --lr-decay-iters
+            decay=120_000,  # --lr-decay-iters
+            beta1=0.9, beta2=0.98, epsilon=1e-6, weight_decay=0.1,  # config_block_base.json
+            clip=1.0,  # config_block_base.json gradient_clipping
+        ),
+        mesh=MeshConfig(data=-1),  # v5e:4x4, 16 chips, each with the whole model
+        train=TrainConfig(
+            run="runs/glm-base",
+            steps=150_000,  # --train-iters
+            batch_size=1024,  # 16 rows a GPU (config_block_base.json) on 64 GPUs (GLM paper, 3.1)
+            microbatch_size=256,  # 16 rows a chip
+            seed=1234,  # arguments.py --seed
+            log_every=100,  # arguments.py --log-interval
+            evaluate_every=1000,  # arguments.py --eval-interval
+            evaluate_batches=100,  # arguments.py --eval-iters
+            checkpoint_every=1000,
+        ),
+    )  # fmt: skip

@@ -1,0 +1,174 @@
+"""`glmjax plan` as a user types it, with plans made up instead of compiled."""
+
+import json
+import sys
+
+import pytest
+import tiny_run
+from plans import GIB, make_experiment, make_plan
+
+import glmjax.planning.plan
+import glmjax.planning.search
+from glmjax.cli import main
+from glmjax.planning.search import Found
+
+
+@pytest.fixture(autouse=True)
+def hooks(monkeypatch):
+    """The program sets this one for its whole process."""
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+
+
+@pytest.fixture(scope="module")
+def experiment_file(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    return tiny_run.write_experiment(folder / "small.py", make_experiment(batch_size=64))
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """What was asked for; the answer can be set."""
+    asked = {"answer": make_plan(needed=20.0)}
+
+    def plan(experiment, topology, job="train", serving=None):
+        asked.update(experiment=experiment, topology=topology, job=job, serving=serving)
+        return asked["answer"]
+
+    monkeypatch.setattr(glmjax.planning.plan, "plan", plan)
+    return asked
+
+
+def run_main(capsys, *arguments):
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as error:  # how tyro ends
+        status = error.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def test_the_answer_comes_first(capsys, experiment_file, planned):
+    status, out, _ = run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x1")
+    assert status == 0
+    assert out.startswith(
+        "It fits: glm-130b on v5p:2x2x1, 4 chips. A device needs 20.0 of 95.0 GiB"
+    )
+    for shown in ("6 x bf16[70,1,2048,12288]", "1.250 times as many", "all-gather", "data x fsdp",
+                  "25.0%", "chip-hours", "Estimated, not measured: estimates are not calibrated."):  # fmt: skip
+        assert shown in out
+
+
+def test_what_does_not_fit_says_by_how_much(capsys, experiment_file, planned):
+    planned["answer"] = make_plan(needed=120.0, seconds=None)
+    status, out, _ = run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x1")
+    assert status == 0
+    assert out.startswith("It does not fit: glm-130b on v5p:2x2x1")
+    assert "25.0 GiB more than the 95.0 GiB it has" in out
+    assert "chip-hours" not in out
+
+
+def test_json_is_one_object(capsys, experiment_file, planned):
+    status, out, _ = run_main(
+        capsys,
+        "plan",
+        experiment_file,
+        "--topology",
+        "v5p:2x2x1",
+        "--json",
+        "--model.remat",
+        "none",
+    )
+    values = json.loads(out)
+    assert status == 0 and out.count("\n") == 1
+    assert values["fits"] and values["margin"] == 75 * GIB
+    assert values["memory"]["contributors"][0]["bytes"] == 3 * GIB
+    assert values["communication"][0]["axes"] == ["fsdp"]
+    assert values["estimate"]["utilisation"] == 0.25
+    assert values["command"] == f"glmjax train {experiment_file} --model.remat none"
+
+
+def test_flags_of_train_are_flags_of_plan(capsys, experiment_file, planned):
+    run_main(
+        capsys, "plan", experiment_file, "--topology", "v6e:2x4", "--slices", "2",
+        "--mesh.data", "4", "--mesh.tensor", "4", "--mesh.fsdp", "1", "--train.batch-size", "32",
+    )  # fmt: skip
+    assert (planned["topology"].name, planned["topology"].num_slices) == ("v6e:2x4", 2)
+    assert planned["experiment"].mesh.tensor == 4
+    assert planned["experiment"].train.batch_size == 32
+
+
+def test_a_mesh_for_other_devices_is_arranged_unless_one_is_given(capsys, experiment_file, planned):
+    _, out, _ = run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x2")
+    assert planned["experiment"].mesh.fsdp == 4
+    assert "--mesh.fsdp 4" in out
+    run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x2", "--mesh.fsdp", "3")
+    assert planned["experiment"].mesh.fsdp == 3
+
+
+def test_serving_has_its_own_flags(capsys, experiment_file, planned):
+    planned["answer"] = make_plan(job="decode", rows=8)
+    _, out, _ = run_main(
+        capsys, "plan", experiment_file, "--topology", "v5p:2x2x1", "--job", "decode",
+        "--batch", "8", "--length", "1024",
+    )  # fmt: skip
+    assert planned["job"] == "decode"
+    assert (planned["serving"].batch, planned["serving"].length) == (8, 1024)
+    assert planned["experiment"].mesh.tensor == 4
+    assert "a token of every row" in out and "ms at least" in out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--topology", "v5p:2x2x1", "--search"), ("--chips", "4", "--generation", "v5p")],
+    ids=["search", "chips"],
+)
+def test_a_search_shows_what_fits_and_the_best(capsys, experiment_file, monkeypatch, arguments):
+    def search(experiment, topology, most, report):
+        report("12 candidates")
+        assert topology.name == "v5p:2x2x1"
+        return [Found(experiment, make_plan(seconds=s)) for s in (1.0, 2.0)]
+
+    monkeypatch.setattr(glmjax.planning.search, "search", search)
+    status, out, err = run_main(capsys, "plan", experiment_file, *arguments)
+    assert status == 0
+    assert "12 candidates" in err
+    assert "the fastest first" in out and "50.0%" in out and "It fits" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "give a --topology, or --chips and a --generation"),
+        (("--chips", "4"), "give a --topology, or --chips and a --generation"),
+        (("--topology", "v5p:2x2x1", "--chips", "8"), "give a --topology, or --chips"),
+        (("--topology", "v5p:2x2"), "a slice of v5p has 3 sides"),
+        (("--topology", "v8:2x2"), "no TPU generation 'v8'"),
+        (("--chips", "13", "--generation", "v5e"), "no slices of v5e have 13 chips"),
+        (("--topology", "v5p:2x2x1", "--mesh.fsdp", "3"), "does not fit 4 devices"),
+        (("--topology", "v5p:2x2x1", "--search", "--job", "decode"), "--search is for training"),
+    ],
+    ids=["nothing", "half", "both", "sides", "generation", "chips", "mesh", "search for serving"],
+)
+def test_mistakes_are_one_sentence(capsys, experiment_file, arguments, sentence):
+    status, out, err = run_main(capsys, "plan", experiment_file, *arguments)
+    assert (status, out) == (1, "")
+    assert err.startswith("glmjax plan: ") and sentence in err
+    assert err.count("\n") == 1
+
+
+def test_without_libtpu_it_says_what_to_install(capsys, experiment_file, monkeypatch, tmp_path):
+    monkeypatch.setattr("glmjax.planning.topologies.find_spec", lambda name: None)
+    status, _, err = run_main(
+        capsys, "plan", experiment_file, "--topology", "v5p:2x2x1", "--data.cache", tmp_path
+    )
+    assert status == 1
+    assert (
+        err == 'glmjax plan: compiling for absent TPUs needs libtpu: pip install "glmjax[plan]"\n'
+    )
+
+
+def test_help_has_examples(capsys):
+    status, out, _ = run_main(capsys, "plan", "--help")
+    assert status == 0
+    assert "glmjax plan experiments/glm_130b.py --topology v5p:8x8x16" in out
+    assert "--mesh.tensor" in out
