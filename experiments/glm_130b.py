@@ -29,8 +29,9 @@ from glmjax.presets import get_config
 def experiment() -> Experiment:
     return Experiment(
         # Shape, DeepNorm, GeGLU, rotary positions, initial values and alpha 0.1: P table 11. Dropout
-        # 0.1 everywhere: P table 11. The original computed in float16 with a loss scale.
-        model=get_config("glm-130b", dtype="bfloat16", remat="block"),  # S --checkpoint-activations
+        # 0.1 everywhere: P table 11. The original computed in float16 with a loss scale, and everything
+        # again in the backward pass (S --checkpoint-activations); here there is room to do less.
+        model=get_config("glm-130b", dtype="bfloat16", remat="ffn"),
         objective=ObjectiveConfig(
             token=0.3,  # S --gpt-prob 0.7, the rest is [MASK]
             sentence=0.0,  # P section 2.2: [MASK] and [gMASK] only
@@ -67,14 +68,15 @@ def experiment() -> Experiment:
             decay=197_753_905,  # P table 11 lr_decay_samples
             beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1, clip=1.0,  # P table 11
         ),
-        # v5p:8x8x16, 1024 chips, where fsdp is 128; smaller slices have a smaller fsdp. The original
-        # had 24-way data, 4-way tensor and 8-way pipeline parallelism (P section 2.4).
+        # v5p:8x8x16, 1024 chips, where fsdp is 128, a plane of the torus; for other slices see
+        # docs/pods.md. The original had 24-way data, 4-way tensor and 8-way pipeline parallelism
+        # (P section 2.4).
         mesh=MeshConfig(data=1, fsdp=-1, tensor=8),
         train=TrainConfig(
             run="runs/glm-130b",
             steps=49_300,  # the released checkpoint; 195,591,480 rows, 400.6 billion tokens
             batch_size=4224,  # P table 11 global_batch_size
-            microbatch_size=128,  # 33 of them; a row for 8 chips (P table 11 micro_batch_size 1)
+            microbatch_size=1408,  # 3 of them, 11 rows for 8 chips (P table 11 micro_batch_size 1)
             ramp=(192, 24, 5_493_164),  # P table 11 rampup_batch_size
             seed=1234,  # P table 11
             log_every=1,  # S --log-interval

@@ -27,7 +27,7 @@ The GLM family in JAX. Commands:
   train EXPERIMENT   train a model; the same command again continues the run
   plan EXPERIMENT    say whether it fits on TPUs that are not there, and how fast it would be
   infill TEXT ...    fill the [MASK], [sMASK] and [gMASK] blanks of texts
-  bench WHAT         measure speed: data, train, attention
+  bench WHAT         measure speed: data, train, attention, pods
 
 `glmjax COMMAND --help` explains a command and gives examples.
 """
@@ -74,6 +74,8 @@ BENCH_HELP = """Measures speed on this machine.
                       experiments/results
   attention --static  cycles of the TPU kernels, compiled for chips that are not there, beside
                       splash attention; needs pip install "glmjax[tpu]", no TPU
+  pods    the training step of GLM-130B, compiled for pods that are not there, beside MaxText's;
+          half an hour, needs pip install "glmjax[plan]", writes docs/pods.md
 
 examples:
   glmjax bench data
@@ -360,7 +362,7 @@ def _find_tokenizer(checkpoint: Path) -> Path:
 
 @dataclass(frozen=True)
 class BenchFlags:
-    what: tyro.conf.Positional[Literal["data", "train", "attention"]]
+    what: tyro.conf.Positional[Literal["data", "train", "attention", "pods"]]
     """What to measure."""
     json: bool = False
     """Print one JSON object instead of a table."""

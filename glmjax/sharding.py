@@ -58,7 +58,9 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise ValueError(f"a mesh of {sizes} does not fit {len(devices)} devices")
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes["data"] % num_slices:
-        raise ValueError(f"mesh axis data = {sizes['data']} does not divide into {num_slices} slices")
+        raise ValueError(
+            f"mesh axis data = {sizes['data']} does not divide into {num_slices} slices"
+        )
     shape = (sizes["data"] // num_slices, *list(sizes.values())[1:])
     arranged = mesh_utils.create_hybrid_device_mesh(
         shape, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
@@ -151,8 +153,7 @@ def sum_over_batch(
     Every device applies it to the rows that it has; the sum over devices is a reduce-scatter. Left
     to XLA it often becomes an all-reduce, of which each device then drops all but its part.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if math.prod(mesh.shape.get(axis, 1) for axis in RULES["batch"]) == 1:
+    if jax.sharding.get_abstract_mesh().size <= 1:
         return function
     embed = out_axes.index("embed")
 
@@ -164,14 +165,7 @@ def sum_over_batch(
             x = jax.lax.psum_scatter(x, mesh_axis, scatter_dimension=embed, tiled=True)
         return jax.lax.psum(x, RULES["replica"])
 
-    rows = tuple(PartitionSpec(*(None,) * axes.index("batch"), RULES["batch"]) for axes in in_axes)
-    return jax.shard_map(
-        local,
-        in_specs=rows,
-        out_specs=PartitionSpec(*(None,) * embed, RULES["embed"]),
-        axis_names=set(RULES["batch"]),
-        check_vma=False,
-    )
+    return per_device(local, tuple(in_axes), out_axes)
 
 
 def target_device() -> jax.Device | AbstractDevice:

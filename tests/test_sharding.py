@@ -20,7 +20,9 @@ def test_mesh_that_does_not_fit_is_refused(config):
 
 
 def test_logical_axes_become_mesh_axes():
-    assert partition(("batch", "length", "heads")) == P(("data", "fsdp", "fsdp_line"), None, "tensor")
+    assert partition(("batch", "length", "heads")) == P(
+        ("data", "fsdp", "fsdp_line"), None, "tensor"
+    )
 
 
 def test_a_mesh_axis_is_used_once():

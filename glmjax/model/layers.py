@@ -61,7 +61,10 @@ def _product_backward(equation, residuals, dy):
     # The axis that is split comes first: the last one would be summed whole on every device.
     first = "d" + kernel_letters.replace("d", "")
     product = functools.partial(jnp.einsum, f"{x_letters},{y_letters}->{first}")
-    rows = _axes(x_letters), _axes(y_letters)
+    rows = [
+        ["stream" if axis == "embed" else axis for axis in _axes(letters)]
+        for letters in (x_letters, y_letters)
+    ]
     dkernel = sum_over_batch(product, rows, _axes(first))(x, dy)
     dkernel = jnp.moveaxis(dkernel, 0, kernel_letters.index("d"))
     return jax.lax.optimization_barrier(dx), dkernel.astype(kernel.dtype)

@@ -42,7 +42,7 @@ class LayerNorm:
 
 @struct.dataclass
 class Linear:
-    """A kernel in einsum order, input axes first, and its bias."""
+    """A kernel and the bias of its outputs."""
 
     kernel: Any
     bias: Any
@@ -109,18 +109,17 @@ def specs(config: GLMConfig) -> Params:
         axes = ("layer",) * len(layer) + ("stream",)
         return LayerNorm(ParamSpec((*layer, D), axes, ones), ParamSpec((*layer, D), axes, zeros))
 
-    def linear(
-        shape: tuple[int, ...], axes: tuple[str, ...], outputs: int, init: Initializer
-    ) -> Linear:
-        """A kernel whose last `outputs` axes are its outputs."""
-        bias_axes = tuple("stream" if axis == "embed" else axis for axis in axes[-outputs:])
+    def linear(init: Initializer, inputs: tuple[str, ...], **sizes: int) -> Linear:
+        """A kernel with these axes and sizes; those that are not inputs are of the bias too."""
+        outputs = [axis for axis in sizes if axis not in inputs]
+        bias_axes = tuple("stream" if axis == "embed" else axis for axis in outputs)
         return Linear(
-            ParamSpec((N, *shape), ("layer", *axes), init),
-            ParamSpec((N, *shape[-outputs:]), ("layer", *bias_axes), zeros),
+            ParamSpec((N, *sizes.values()), ("layer", *sizes), init),
+            ParamSpec((N, *(sizes[axis] for axis in outputs)), ("layer", *bias_axes), zeros),
         )
 
-    gate = (2,) if config.ffn == "geglu" else ()
-    gate_axes = ("gate",) * len(gate)
+    # The pair comes first: as inner axes of 2 and F a kernel lies badly in the memory of TPUs.
+    gate = {"gate": 2} if config.ffn == "geglu" else {}
     position = ParamSpec((P, D), ("position", "embed"), embedding)
     learned = config.positions == "learned_2d"
     word = ParamSpec((V, D), ("vocab", "embed"), embedding)
@@ -130,11 +129,11 @@ def specs(config: GLMConfig) -> Params:
         block_position_embedding=position if learned else None,
         blocks=Block(
             attention_norm=norm(N),
-            qkv=linear((D, 3, H, K), ("embed", "qkv", "heads", "head"), 3, qkv),
-            attention_out=linear((H, K, D), ("heads", "head", "embed"), 1, attention_out),
+            qkv=linear(qkv, ("embed",), embed=D, qkv=3, heads=H, head=K),
+            attention_out=linear(attention_out, ("heads", "head"), heads=H, head=K, embed=D),
             ffn_norm=norm(N),
-            ffn_in=linear((D, *gate, F), ("embed", *gate_axes, "mlp"), 1 + len(gate), ffn_in),
-            ffn_out=linear((F, D), ("mlp", "embed"), 1, ffn_out),
+            ffn_in=linear(ffn_in, ("embed",), **gate, embed=D, mlp=F),
+            ffn_out=linear(ffn_out, ("mlp",), mlp=F, embed=D),
         ),
         final_norm=norm(),
         output_embedding=None if config.tied_embeddings else word,

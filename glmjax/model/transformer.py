@@ -93,9 +93,7 @@ def encode(
         lambda path, leaf: leaf.astype(config.dtype) if "kernel" in leaf_name(path) else leaf,
         params.blocks,
     )
-    x_BTD, _ = jax.lax.scan(
-        _remat(config, layer), x_BTD, (blocks, jnp.arange(config.num_layers))
-    )
+    x_BTD, _ = jax.lax.scan(_remat(config, layer), x_BTD, (blocks, jnp.arange(config.num_layers)))
     return layer_norm(params.final_norm, x_BTD, config.layer_norm_epsilon)
 
 
@@ -150,7 +148,7 @@ def block(
 def feed_forward(config: GLMConfig, params: Block, m_BTD: jax.Array) -> jax.Array:
     """ffn_out(gelu(ffn_in m)), or ffn_out(value * gelu(gate)) for geglu."""
     if config.ffn == "geglu":
-        value_gate_GBTF = linear("btd,dgf->gbtf", params.ffn_in, m_BTD)
+        value_gate_GBTF = linear("btd,gdf->gbtf", params.ffn_in, m_BTD)
         # Left to itself XLA for TPUs lays T out last, and copies it twice in the backward pass.
         value_gate_GBTF = row_major(value_gate_GBTF, "gate", "batch", "length", "mlp")
         value_BTF, gate_BTF = checkpoint_name(value_gate_GBTF, "ffn_in")

@@ -4,8 +4,9 @@ Most tokens of a blank-infilling row are context and have no loss. Each row's ta
 its front and worked through in chunks; chunks without targets are not computed. The forward pass
 of a differentiated loss leaves the gradients behind, so that logits are made once, not twice.
 
-On a mesh the vocabulary is split over the devices that share parameters. Each scores its words for
-the tokens of all of them: hidden states travel, the table and its gradient do not.
+On a mesh words are split over the tensor devices, and a large table over those that share
+parameters too. Each device scores its words for the tokens of all that share them: then hidden
+states travel and not the table, of which no device has room for all.
 """
 
 import math
@@ -15,10 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from glmjax.sharding import RULES, constrain
+from glmjax.sharding import RULES, constrain, gather, pin, target_device
 
-CHUNK_LOGITS = 2**23
-"""Logits of one chunk on one device: 32 MiB in float32."""
+CHUNK_LOGITS = {"cpu": 2**23, "gpu": 2**25, "tpu": 2**25}
+"""Logits of one chunk on one device: 32 or 128 MiB in float32. Small chunks keep matrix units idle."""
+
+TABLE_BYTES = 2**30
+"""What the gradient of the words of one device may take, in float32, before words are split."""
 
 
 def cross_entropy(
@@ -40,7 +44,7 @@ def cross_entropy(
     x_BTD = constrain(x_BTD, "batch", "length", "stream")
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     back_BT = jnp.argsort(order_BT, axis=1)
-    chunk = _chunk_size(batch, length, table_VD.shape[0])
+    chunk = _chunk_size(batch, length, *table_VD.shape)
 
     def front(values: jax.Array, order: jax.Array) -> jax.Array:
         """Values in the new order, padded to whole chunks."""
@@ -55,27 +59,26 @@ def cross_entropy(
     return total, jax.lax.stop_gradient(losses_BT)
 
 
-def _chunk_size(batch: int, length: int, vocabulary: int) -> int:
-    """Positions of a row that are worked on together: equal chunks of at most CHUNK_LOGITS."""
+def _chunk_size(batch: int, length: int, vocabulary: int, width: int) -> int:
+    """Positions of a row that are worked on together: equal chunks, as large as CHUNK_LOGITS allows."""
     mesh = jax.sharding.get_abstract_mesh()
-    row_axes, word_axes = _split(vocabulary)
+    row_axes, word_axes = _split(vocabulary, width)
     rows, words = (math.prod(mesh.shape.get(a, 1) for a in axes) for axes in (row_axes, word_axes))
     logits = -(-batch // rows) * (vocabulary // words)
-    num_chunks = -(-length // max(1, CHUNK_LOGITS // logits))
+    num_chunks = -(-length // max(1, CHUNK_LOGITS[target_device().platform] // logits))
     return -(-length // num_chunks)
 
 
-def _split(vocabulary: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Mesh axes over which rows, and over which words are split.
-
-    Words take the axes that share parameters as long as they divide the vocabulary.
-    """
+def _split(vocabulary: int, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Mesh axes over which rows, and over which words are split."""
     mesh = jax.sharding.get_abstract_mesh()
-    word_axes: list[str] = []
-    for axis in (*RULES["vocab"], *RULES["embed"]):
-        if vocabulary % math.prod(mesh.shape.get(a, 1) for a in (*word_axes, axis)) == 0:
+    words = vocabulary // math.prod(mesh.shape.get(axis, 1) for axis in RULES["vocab"])
+    word_axes = list(RULES["vocab"])
+    for axis in RULES["embed"] if words * width * 4 > TABLE_BYTES else ():
+        if words % mesh.shape.get(axis, 1) == 0:
             word_axes.append(axis)
-    return tuple(a for a in RULES["batch"] if a not in word_axes), tuple(word_axes)
+            words //= mesh.shape.get(axis, 1)
+    return tuple(axis for axis in RULES["batch"] if axis not in word_axes), tuple(word_axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -103,21 +106,23 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 
 def _on_mesh(function, chunk, x_BTD, table_VD, targets_BT, weights_BT):
     """The function on each device's rows and words, with the mesh axes that split them."""
-    row_axes, word_axes = _split(len(table_VD))
-    table_VD = table_VD.astype(x_BTD.dtype)
-    arrays = x_BTD, table_VD, targets_BT, weights_BT
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return function(chunk, (), (), *arrays)
+    if jax.sharding.get_abstract_mesh().empty:
+        return function(chunk, (), (), x_BTD, table_VD.astype(x_BTD.dtype), targets_BT, weights_BT)
+    _, word_axes = _split(*table_VD.shape)
     shared_axes = tuple(axis for axis in RULES["batch"] if axis in word_axes)
+    table_VD = table_VD.astype(x_BTD.dtype)
+    # Either every device gets all columns, or one column of devices swaps columns for words.
+    table_VD = pin(table_VD, RULES["vocab"], shared_axes) if shared_axes else gather(
+        table_VD, "vocab", "embed"
+    )  # fmt: skip
     rows, words = PartitionSpec(RULES["batch"]), PartitionSpec(word_axes)
-    out_specs = rows if function is _losses else (rows, rows, words)
+    gradient = words if shared_axes else PartitionSpec(word_axes, RULES["embed"])
     return jax.shard_map(
         partial(function, chunk, shared_axes, word_axes),
         in_specs=(rows, words, rows, rows),
-        out_specs=out_specs,
+        out_specs=rows if function is _losses else (rows, rows, gradient),
         check_vma=False,
-    )(*arrays)
+    )(x_BTD, table_VD, targets_BT, weights_BT)
 
 
 def _losses(chunk, shared_axes, word_axes, x_BTD, table_VD, targets_BT, weights_BT):
@@ -131,9 +136,7 @@ def _losses(chunk, shared_axes, word_axes, x_BTD, table_VD, targets_BT, weights_
     return jax.lax.fori_loop(0, num_chunks, body, jnp.zeros(weights_BT.shape, jnp.float32))
 
 
-def _losses_and_gradients(
-    chunk, shared_axes, word_axes, x_BTD, table_VD, targets_BT, weights_BT
-):
+def _losses_and_gradients(chunk, shared_axes, word_axes, x_BTD, table_VD, targets_BT, weights_BT):
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def body(i, carry):
@@ -160,8 +163,7 @@ def _losses_and_gradients(
     )
     num_chunks = _num_chunks(chunk, shared_axes, weights_BT)
     losses_BT, dx_BTD, dtable_DV = jax.lax.fori_loop(0, num_chunks, body, empty)
-    rows_only = tuple(axis for axis in RULES["batch"] if axis not in shared_axes)
-    return losses_BT, dx_BTD, jax.lax.psum(dtable_DV.T, rows_only if word_axes else ())
+    return losses_BT, dx_BTD, _sum_rows(dtable_DV, shared_axes, word_axes).T
 
 
 def _score(word_axes, x_BCD, table_VD, targets_BC, weights_BC):
@@ -207,6 +209,19 @@ def _sum_own(x, shared_axes, word_axes):
     for axis in shared_axes:
         x = jax.lax.psum_scatter(x, axis, tiled=True)
     return x
+
+
+def _sum_rows(dtable_DV, shared_axes, word_axes):
+    """The sum over the devices whose rows others have not seen; of a whole table each keeps its
+    columns."""
+    if not word_axes:
+        return dtable_DV
+    if shared_axes:
+        rest = tuple(axis for axis in RULES["batch"] if axis not in shared_axes)
+        return jax.lax.psum(dtable_DV, rest)
+    for axis in RULES["embed"]:
+        dtable_DV = jax.lax.psum_scatter(dtable_DV, axis, tiled=True)
+    return jax.lax.psum(dtable_DV, RULES["replica"])
 
 
 def _index(axes):

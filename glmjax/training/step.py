@@ -238,11 +238,7 @@ def train_step(
 
     scale = jnp.minimum(1, experiment.optimizer.clip / gradient_norm) / weight
     gradients = jax.tree.map(lambda g: g * scale, gradients)
-    if experiment.optimizer.offload:
-        state = dataclasses.replace(state, optimizer=_to_device(state.optimizer))
-    updates, optimizer = adamw(config, experiment.optimizer).update(
-        gradients, state.optimizer, state.params
-    )
+    updates, optimizer = _update(experiment, gradients, state, taken)
     params = jax.tree.map(lambda p, u: p - controls.learning_rate * u, state.params, updates)
     new = TrainState(
         step=state.step,
@@ -252,6 +248,8 @@ def train_step(
         skipped=jnp.zeros_like(state.skipped),
     )
     old = dataclasses.replace(state, skipped=state.skipped + 1)
+    if experiment.optimizer.offload:
+        old = dataclasses.replace(old, optimizer=optimizer)  # chosen already, where it was updated
     state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), new, old)
     state = dataclasses.replace(state, step=state.step + 1)
     # XLA would choose other shardings, with which the state fits neither its memory nor the next step.
@@ -262,8 +260,33 @@ def train_step(
     )
 
 
-def _to_device(tree: Any) -> Any:
-    return jax.device_put(tree, jax.memory.Space.Device)
+def _update(
+    experiment: Experiment, gradients: Params, state: TrainState, taken: jax.Array
+) -> tuple[Params, optax.OptState]:
+    """Adam's updates and its new state.
+
+    A state on the host is fetched inside a branch, since XLA would fetch it at once and keep it on
+    the device throughout the backward pass.
+    """
+
+    def update(optimizer: optax.OptState) -> tuple[Params, optax.OptState]:
+        transformation = adamw(experiment.model, experiment.optimizer)
+        if not experiment.optimizer.offload:
+            return transformation.update(gradients, optimizer, state.params)
+        optimizer = _move_moments(optimizer, jax.memory.Space.Device)
+        updates, optimizer = transformation.update(gradients, optimizer, state.params)
+        return updates, _move_moments(optimizer, jax.memory.Space.Host)
+
+    if not experiment.optimizer.offload:
+        return update(state.optimizer)
+    keep = jax.tree.map(jnp.zeros_like, state.params)
+    return jax.lax.cond(taken, update, lambda optimizer: (keep, optimizer), state.optimizer)
+
+
+def _move_moments(optimizer: optax.OptState, space: Any) -> optax.OptState:
+    adam, *rest = optimizer
+    mu, nu = jax.device_put((adam.mu, adam.nu), space)
+    return (adam._replace(mu=mu, nu=nu), *rest)
 
 
 def _scale_embeddings(gradients: Params, factor: jax.Array) -> Params:

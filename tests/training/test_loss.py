@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from glmjax.config import MeshConfig
-from glmjax.sharding import make_mesh
+from glmjax.sharding import make_mesh, partition
 from glmjax.training import loss
 from glmjax.training.loss import cross_entropy
 
@@ -78,7 +78,7 @@ def assert_agrees(result, inputs, rounding: float = SUM_ROUNDING):
     [("none", 7), ("all", 7), ("fractional", 7), ("some", 1), ("some", 7), ("some", 24)],
 )
 def test_agrees_with_plain_cross_entropy(monkeypatch, weights, chunk_positions):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_positions * B * V)
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": chunk_positions * B * V})
     inputs = make_inputs(weights)
     loss_and_losses, gradients = LOSS_AND_GRADIENTS(*inputs)
     assert_agrees((loss_and_losses, gradients), inputs)
@@ -127,19 +127,43 @@ def test_bfloat16_products():
     assert_agrees(result, inputs, 2 * BFLOAT16_ROUNDING)
 
 
+@pytest.mark.parametrize("table_bytes", [0, 2**30], ids=["split-table", "whole-table"])
 @pytest.mark.parametrize(
     "mesh",
-    [MeshConfig(data=8), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, tensor=8)],
-    ids=["data-8", "data-2-fsdp-2-tensor-2", "tensor-8"],
+    [
+        MeshConfig(data=8),
+        MeshConfig(data=2, fsdp=2, tensor=2),
+        MeshConfig(data=1, fsdp=2, fsdp_line=4),
+        MeshConfig(data=1, tensor=8),
+    ],
+    ids=["data-8", "data-2-fsdp-2-tensor-2", "fsdp-2-line-4", "tensor-8"],
 )
-def test_sharded_equals_unsharded(monkeypatch, mesh):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 4 * B * V // 8)
+def test_sharded_equals_unsharded(monkeypatch, mesh, table_bytes):
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", {"cpu": 4 * B * V // 8})
+    monkeypatch.setattr(loss, "TABLE_BYTES", table_bytes)
+    jax.clear_caches()
     inputs = make_inputs()
     with jax.set_mesh(make_mesh(mesh)):
-        rows, table = jax.P(("data", "fsdp")), jax.P("tensor", "fsdp")
-        placed = jax.device_put(inputs, (rows, table, rows, rows))
+        axes = ("batch", "length", "stream"), ("vocab", "embed"), *[("batch", "length")] * 2
+        placed = jax.device_put(inputs, tuple(map(partition, axes)))
         result = jax.jit(LOSS_AND_GRADIENTS)(*placed)
     assert_agrees(jax.device_get(result), inputs)
+
+
+def test_words_are_split_as_far_as_devices_divide_them(monkeypatch):
+    """Of 12 words each of 4 devices gets 3, which the 2 devices of the other axis both have."""
+    monkeypatch.setattr(loss, "TABLE_BYTES", 0)
+    jax.clear_caches()
+    x_BTD, table_VD, targets_BT, weights_BT = make_inputs()
+    inputs = x_BTD, table_VD[:12], targets_BT % 12, weights_BT
+    expected = LOSS_AND_GRADIENTS(*inputs)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=4, fsdp_line=2))):
+        axes = ("batch", "length", "stream"), ("vocab", "embed"), *[("batch", "length")] * 2
+        placed = jax.device_put(inputs, tuple(map(partition, axes)))
+        found = jax.jit(LOSS_AND_GRADIENTS)(*placed)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, expected
+    )
 
 
 def temporary_bytes(length: int) -> int:

@@ -10,7 +10,14 @@ from glmjax.data.blanks import Batch
 from glmjax.presets import get_config
 from glmjax.sharding import make_mesh
 from glmjax.training.optimizer import FIRST, SECOND, _decode, _encode
-from glmjax.training.step import Controls, abstract_state, init_state, put_batch, put_controls, train_step
+from glmjax.training.step import (
+    Controls,
+    abstract_state,
+    init_state,
+    put_batch,
+    put_controls,
+    train_step,
+)
 
 
 @pytest.mark.parametrize("kind", [FIRST, SECOND], ids=["first", "second"])
@@ -37,12 +44,12 @@ def test_rounding_is_right_on_average():
     assert abs(codes.mean() - np.sqrt(0.3) * 127) < 5 * standard_error
 
 
-def experiment(moments):
+def experiment(moments, **options):
     model = get_config("glm-tiny", hidden_size=32, ffn_size=64, vocab_size=64)
     return Experiment(
         model=model,
         data=DataConfig(sequence_length=32),
-        optimizer=OptimizerConfig(moments=moments, epsilon=1e-8, beta2=0.95),
+        optimizer=OptimizerConfig(moments=moments, epsilon=1e-8, beta2=0.95, **options),
         mesh=MeshConfig(data=1, fsdp=4, tensor=2),
         train=TrainConfig(batch_size=8),
     )
@@ -60,9 +67,9 @@ def test_moments_take_the_bytes_they_should(moments, size):
         assert stored == kernel.size * size / 2 + scales
 
 
-def losses(moments, steps=40):
+def losses(moments, steps=40, **options):
     """Of a model that learns one batch by heart."""
-    config = experiment(moments)
+    config = experiment(moments, **options)
     mesh = make_mesh(config.mesh)
     random = np.random.default_rng(0)
     shape = (8, 32)
@@ -102,3 +109,11 @@ def test_training_goes_as_with_exact_moments(exact, moments):
 
 def test_small_moments_train_the_same_twice():
     assert losses("int8", steps=5) == losses("int8", steps=5)
+
+
+def test_moments_on_the_host_train_the_same():
+    config = experiment("float32", offload=True)
+    state = abstract_state(config, make_mesh(config.mesh))
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer[0].mu)}
+    assert kinds == {"pinned_host"}
+    assert losses("float32", steps=5, offload=True) == losses("float32", steps=5)

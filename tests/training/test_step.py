@@ -1,6 +1,8 @@
 """A step is the same on every mesh, in every number of microbatches, or does not happen."""
 
 import dataclasses
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,7 @@ from glmjax.data.blanks import Batch
 from glmjax.model.params import abstract_params
 from glmjax.presets import get_config
 from glmjax.sharding import make_mesh
+from glmjax.training import loss
 from glmjax.training.optimizer import adamw
 from glmjax.training.step import (
     Controls,
@@ -37,7 +40,7 @@ RATE = CLIP = 0.125
 
 EXPERIMENT = Experiment(
     model=get_config(
-        "glm-tiny", hidden_size=32, ffn_size=64, vocab_size=V, initializer_scale=0.2,
+        "glm-tiny", hidden_size=32, num_heads=8, ffn_size=64, vocab_size=V, initializer_scale=0.2,
         embedding_dropout=0.0, attention_dropout=0.0, hidden_dropout=0.0,
     ),
     data=DataConfig(sequence_length=T),
@@ -157,18 +160,28 @@ def test_loss_is_the_mean_over_targets_and_its_parts_add_up(reference):
     assert metrics.objective_losses[3] == 0
 
 
+AXES = [field.name for field in dataclasses.fields(MeshConfig)]
+MESHES = [
+    sizes
+    for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES))
+    if math.prod(sizes) <= jax.device_count()
+]
+FEW = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 4)]
+
+
 @pytest.mark.parametrize(
-    ("config", "devices"),
-    [
-        (MeshConfig(data=8), 8),
-        (MeshConfig(data=1, fsdp=8), 8),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 8),
-        (MeshConfig(data=1, tensor=4), 4),
-    ],
-    ids=["data-8", "fsdp-8", "data-2-fsdp-2-tensor-2", "tensor-4"],
+    "sizes",
+    [pytest.param(s, marks=() if s in FEW else pytest.mark.slow) for s in MESHES],
+    ids=lambda sizes: (
+        "-".join(f"{a}{n}" for a, n in zip(AXES, sizes, strict=True) if n > 1) or "one"
+    ),
 )
-def test_meshes_agree(start, reference, config, devices):
-    mesh = make_mesh(config, jax.devices()[:devices])
+@pytest.mark.parametrize("table_bytes", [0, 2**30], ids=["split-table", "whole-table"])
+def test_meshes_agree(start, reference, sizes, table_bytes, monkeypatch):
+    """Every way to arrange up to eight devices, with either way to spread the words of the loss."""
+    monkeypatch.setattr(loss, "TABLE_BYTES", table_bytes)
+    jax.clear_caches()
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     assert_close(run_step(start, make_batch(), mesh), reference)
 
 

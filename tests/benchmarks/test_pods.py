@@ -1,6 +1,6 @@
 import pytest
 
-from glmjax.benchmarks import pod_static
+from glmjax.benchmarks import pods
 
 
 def record(rows, compute, synchronous, asynchronous, seconds, peak, **more):
@@ -21,13 +21,13 @@ def record(rows, compute, synchronous, asynchronous, seconds, peak, **more):
 )
 def test_utilisations_with_more_and_more_of_the_communication(asynchronous, exposed):
     row = record(128, 3.0, 1.0, asynchronous, 5.0, 20)
-    assert pod_static.utilisations(row) == pytest.approx((0.4 * 5 / 3, exposed, 0.4))
+    assert pods.utilisations(row) == pytest.approx((0.4 * 5 / 3, exposed, 0.4))
 
 
 def test_our_time_is_compared_for_equal_tokens():
     peer = record(128, 4.0, 1.0, 0.0, 5.0, 20, name="a")
     ours = record(256, 6.0, 0.0, 0.0, 6.0, 15)
-    header, rule, theirs, mine = pod_static.table([(peer, [ours])]).splitlines()
+    header, rule, theirs, mine = pods.table([(peer, [ours])]).splitlines()
     assert header.count("|") == rule.count("|") == theirs.count("|") == mine.count("|")
     assert theirs.startswith("| MaxText a | fsdp16 x tensor8 | 1, full | 20.0 | 1.25 | 4.00 |")
     assert mine.startswith(
