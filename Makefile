@@ -32,7 +32,7 @@ test: install  ## Run the tests (under 10 minutes on 2 cores)
 	$(RUN) pytest -q -m "$(TESTS)" $(FILES)
 
 test-slow: install  ## Run the tests that take long, such as the kill test
-	$(RUN) pytest -q -m slow
+	$(RUN) pytest -q -m "slow and not tpu"
 
 test-tpu:  ## Compile the kernels for five TPU generations and count their cycles; needs no TPU
 	$(MAKE) test VENV=.venv-tpu EXTRAS=test,tpu TESTS=tpu

@@ -369,12 +369,12 @@ class MeshConfig:
     """Replicas, each with its own part of the batch."""
     fsdp: int = 1
     """Devices that share parameters and optimizer state, and split the batch too."""
+    tensor: int = 1
+    """Devices that split heads, feed-forward width, vocabulary and, between blocks, the sequence."""
     fsdp_line: int = 1
     """Like fsdp, in as many groups: parameters are split over fsdp x fsdp_line devices and gathered
     over one after the other. For TPU slices with three dimensions, where fsdp is a plane and
     fsdp_line the rest, as in 32 x 4 on v5p:4x4x8."""
-    tensor: int = 1
-    """Devices that split heads, feed-forward width, vocabulary and, between blocks, the sequence."""
 
     def __post_init__(self) -> None:
         sizes = dataclasses.astuple(self)

@@ -41,7 +41,8 @@ RULES: dict[str, tuple[str, ...]] = {
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes of `MeshConfig` over all devices, or over those given.
+    """A mesh with the axes of `MeshConfig` over all devices, or over those given; fsdp_line is an
+    axis of it only where it is more than 1.
 
     Neighbours in the mesh are neighbours in the torus. Of several slices `data` counts the slices
     first, so that everything but the sum over replicas stays inside a slice.
@@ -61,30 +62,48 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         raise ValueError(
             f"mesh axis data = {sizes['data']} does not divide into {num_slices} slices"
         )
+    if sizes["fsdp_line"] == 1:
+        del sizes["fsdp_line"]
     shape = (sizes["data"] // num_slices, *list(sizes.values())[1:])
+    slices = (num_slices, *[1] * (len(sizes) - 1))
     arranged = mesh_utils.create_hybrid_device_mesh(
-        shape, (num_slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        shape, slices, devices, allow_split_physical_axes=True
     ) if num_slices > 1 else mesh_utils.create_device_mesh(
         shape, devices, allow_split_physical_axes=True
     )  # fmt: skip
     return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
+def mesh_axes(axis: str, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
+    """Mesh axes over which a logical axis is split, of those that the mesh has.
+
+    Without a mesh the ambient one counts, and without that, all of `RULES`.
+    """
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return tuple(a for a in RULES[axis] if mesh.empty or a in mesh.shape)
+
+
+def num_parts(axis: str, mesh: Mesh | AbstractMesh | None = None) -> int:
+    """Into how many parts a logical axis is split; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh() if mesh is None else mesh
+    return math.prod(mesh.shape.get(a, 1) for a in RULES[axis])
+
+
 def batch_shards(mesh: Mesh) -> tuple[tuple[int, ...], int]:
     """The shards of a batch's rows that this process has devices for, and how many there are."""
-    count = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    sharding = NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+    count = num_parts("batch", mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh_axes("batch", mesh)))
     indices = sharding.addressable_devices_indices_map((count,)).values()
     return tuple(sorted({index[0].start or 0 for index in indices if index})), count
 
 
-def partition(axes: Sequence[str]) -> PartitionSpec:
+def partition(axes: Sequence[str], mesh: Mesh | AbstractMesh | None = None) -> PartitionSpec:
     """The mesh axes of an array with these logical axes.
 
     Raises:
         ValueError: two logical axes of one array are split over the same mesh axis.
     """
-    entries = [RULES[axis] for axis in axes]
+    entries = [mesh_axes(axis, mesh) for axis in axes]
     used = [mesh_axis for entry in entries for mesh_axis in entry]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {tuple(axes)} use a mesh axis twice: {used}")
@@ -100,13 +119,13 @@ def named_sharding(
         ValueError: a mesh axis does not divide its dimension; names the array and both numbers.
     """
     for axis, size in zip(axes, shape, strict=True):
-        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in RULES[axis])
+        parts = num_parts(axis, mesh)
         if size % parts:
             raise ValueError(
-                f"axis {axis!r} of {name} has size {size}, which mesh axes {RULES[axis]} of total "
-                f"size {parts} do not divide"
+                f"axis {axis!r} of {name} has size {size}, which mesh axes {mesh_axes(axis, mesh)} of "
+                f"total size {parts} do not divide"
             )
-    return NamedSharding(mesh, partition(axes))
+    return NamedSharding(mesh, partition(axes, mesh))
 
 
 def constrain(x: jax.Array, *axes: str) -> jax.Array:
@@ -114,21 +133,20 @@ def constrain(x: jax.Array, *axes: str) -> jax.Array:
 
     A sequence that the devices cannot share evenly is whole on each of them.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
     axes = tuple(
-        "length" if axis == "sequence" and size % mesh.shape["tensor"] else axis
+        "length" if axis == "sequence" and size % num_parts(axis) else axis
         for axis, size in zip(axes, x.shape, strict=False)
     )
     return jax.lax.with_sharding_constraint(x, partition(axes))
 
 
-def pin(x: jax.Array, *mesh_axes: tuple[str, ...]) -> jax.Array:
+def pin(x: jax.Array, *entries: tuple[str, ...]) -> jax.Array:
     """As `constrain`, for the few places that choose mesh axes themselves."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(axes or None for axes in mesh_axes)))
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*(entry or None for entry in entries)))
 
 
 def gather(x: jax.Array, *axes: str) -> jax.Array:
@@ -137,10 +155,10 @@ def gather(x: jax.Array, *axes: str) -> jax.Array:
     One mesh axis at a time, the last one first: libtpu gathers over a plane of a torus at once, but
     turns a gather over three dimensions into an all-reduce of twice the bytes.
     """
-    entries = [RULES[axis] for axis in axes]
+    entries = [mesh_axes(axis) for axis in axes]
     embed = axes.index("embed")
-    for count in reversed(range(len(RULES["embed"]))):
-        entries[embed] = RULES["embed"][:count]
+    while entries[embed]:
+        entries[embed] = entries[embed][:-1]
         x = pin(x, *entries)
     return x
 
@@ -161,9 +179,9 @@ def sum_over_batch(
         x = function(*arrays)
         if target_device().platform == "cpu":
             x = x.astype(jnp.float32)  # XLA for CPUs aborts on sums of bfloat16 here
-        for mesh_axis in RULES["embed"]:
+        for mesh_axis in mesh_axes("embed"):
             x = jax.lax.psum_scatter(x, mesh_axis, scatter_dimension=embed, tiled=True)
-        return jax.lax.psum(x, RULES["replica"])
+        return jax.lax.psum(x, mesh_axes("replica"))
 
     return per_device(local, tuple(in_axes), out_axes)
 

@@ -10,7 +10,14 @@ from glmjax.sharding import constrain, make_mesh, named_sharding, partition
 
 def test_free_axis_takes_the_devices_that_are_left():
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "fsdp_line": 1, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_a_second_part_of_fsdp_is_an_axis_of_its_own():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, fsdp_line=4))
+    assert dict(mesh.shape) == {"data": 1, "fsdp": 2, "tensor": 1, "fsdp_line": 4}
+    spec = named_sharding(mesh, ("embed", "mlp"), (8, 3)).spec
+    assert spec == P(("fsdp", "fsdp_line"), "tensor")
 
 
 @pytest.mark.parametrize("config", [MeshConfig(data=3), MeshConfig(data=-1, fsdp=3)])
@@ -53,6 +60,6 @@ def test_parameters_are_born_sharded():
     alone = glmjax.init(config, jax.random.key(0))
     with jax.set_mesh(mesh):
         params = glmjax.init(config, jax.random.key(0))
-    assert params.blocks.ffn_in.kernel.sharding.spec == P(None, ("fsdp", "fsdp_line"), "tensor")
+    assert params.blocks.ffn_in.kernel.sharding.spec == P(None, "fsdp", "tensor")
     assert params.blocks.ffn_in.kernel.addressable_shards[0].data.shape == (2, 32, 64)
     jax.tree.map(lambda a, b: (a == b).all() or pytest.fail("values differ"), alone, params)

@@ -6,7 +6,6 @@ after the other and at its own pace; a row that has finished is left as it is. S
 to powers of two, so that few are ever compiled.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,7 +28,7 @@ from glmjax.inference.sampling import Sampling, sample
 from glmjax.model.attention import KVCache
 from glmjax.model.params import Params
 from glmjax.model.transformer import decode_step, prefill
-from glmjax.sharding import RULES, constrain
+from glmjax.sharding import constrain, num_parts
 
 SHORTEST = 16
 """Tokens of the smallest length bucket."""
@@ -244,5 +243,4 @@ def _bucket(size: int, smallest: int = 1) -> int:
 
 def _batch_parts() -> int:
     """Into how many parts the ambient mesh splits a batch."""
-    mesh = jax.sharding.get_mesh()
-    return math.prod(mesh.shape[axis] for axis in RULES["batch"]) if not mesh.empty else 1
+    return num_parts("batch", jax.sharding.get_mesh())

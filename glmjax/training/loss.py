@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from glmjax.sharding import RULES, constrain, gather, pin, target_device
+from glmjax.sharding import constrain, gather, mesh_axes, num_parts, pin, target_device
 
 CHUNK_LOGITS = {"cpu": 2**23, "gpu": 2**25, "tpu": 2**25}
 """Logits of one chunk on one device: 32 or 128 MiB in float32. Small chunks keep matrix units idle."""
@@ -72,13 +72,12 @@ def _chunk_size(batch: int, length: int, vocabulary: int, width: int) -> int:
 def _split(vocabulary: int, width: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Mesh axes over which rows, and over which words are split."""
     mesh = jax.sharding.get_abstract_mesh()
-    words = vocabulary // math.prod(mesh.shape.get(axis, 1) for axis in RULES["vocab"])
-    word_axes = list(RULES["vocab"])
-    for axis in RULES["embed"] if words * width * 4 > TABLE_BYTES else ():
-        if words % mesh.shape.get(axis, 1) == 0:
+    words, word_axes = vocabulary // num_parts("vocab"), list(mesh_axes("vocab"))
+    for axis in mesh_axes("embed") if words * width * 4 > TABLE_BYTES else ():
+        if not mesh.empty and words % mesh.shape[axis] == 0:
             word_axes.append(axis)
-            words //= mesh.shape.get(axis, 1)
-    return tuple(axis for axis in RULES["batch"] if axis not in word_axes), tuple(word_axes)
+            words //= mesh.shape[axis]
+    return tuple(axis for axis in mesh_axes("batch") if axis not in word_axes), tuple(word_axes)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -109,14 +108,14 @@ def _on_mesh(function, chunk, x_BTD, table_VD, targets_BT, weights_BT):
     if jax.sharding.get_abstract_mesh().empty:
         return function(chunk, (), (), x_BTD, table_VD.astype(x_BTD.dtype), targets_BT, weights_BT)
     _, word_axes = _split(*table_VD.shape)
-    shared_axes = tuple(axis for axis in RULES["batch"] if axis in word_axes)
+    shared_axes = tuple(axis for axis in mesh_axes("batch") if axis in word_axes)
     table_VD = table_VD.astype(x_BTD.dtype)
     # Either every device gets all columns, or one column of devices swaps columns for words.
-    table_VD = pin(table_VD, RULES["vocab"], shared_axes) if shared_axes else gather(
+    table_VD = pin(table_VD, mesh_axes("vocab"), shared_axes) if shared_axes else gather(
         table_VD, "vocab", "embed"
     )  # fmt: skip
-    rows, words = PartitionSpec(RULES["batch"]), PartitionSpec(word_axes)
-    gradient = words if shared_axes else PartitionSpec(word_axes, RULES["embed"])
+    rows, words = PartitionSpec(mesh_axes("batch")), PartitionSpec(word_axes)
+    gradient = words if shared_axes else PartitionSpec(word_axes, mesh_axes("embed"))
     return jax.shard_map(
         partial(function, chunk, shared_axes, word_axes),
         in_specs=(rows, words, rows, rows),
@@ -217,11 +216,11 @@ def _sum_rows(dtable_DV, shared_axes, word_axes):
     if not word_axes:
         return dtable_DV
     if shared_axes:
-        rest = tuple(axis for axis in RULES["batch"] if axis not in shared_axes)
+        rest = tuple(axis for axis in mesh_axes("batch") if axis not in shared_axes)
         return jax.lax.psum(dtable_DV, rest)
-    for axis in RULES["embed"]:
+    for axis in mesh_axes("embed"):
         dtable_DV = jax.lax.psum_scatter(dtable_DV, axis, tiled=True)
-    return jax.lax.psum(dtable_DV, RULES["replica"])
+    return jax.lax.psum(dtable_DV, mesh_axes("replica"))
 
 
 def _index(axes):

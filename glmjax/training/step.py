@@ -18,7 +18,7 @@ from glmjax.data.ramp import batch_sizes
 from glmjax.model.attention import BlankMask
 from glmjax.model.params import Params, abstract_params, init, param_shardings
 from glmjax.model.transformer import encode, output_table
-from glmjax.sharding import RULES, batch_shards
+from glmjax.sharding import batch_shards, mesh_axes, num_parts
 from glmjax.training.loss import cross_entropy
 from glmjax.training.optimizer import adamw, optimizer_shardings
 
@@ -108,10 +108,10 @@ def microbatch_size(experiment: Experiment, mesh: Mesh) -> int:
     """
     train = experiment.train
     size = train.microbatch_size or math.gcd(*batch_sizes(train))
-    parts = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    parts = num_parts("batch", mesh)
     if size % parts:
         raise ValueError(
-            f"the {parts} devices of mesh axes {RULES['batch']} do not divide a microbatch of "
+            f"the {parts} devices of mesh axes {mesh_axes('batch', mesh)} do not divide a microbatch of "
             f"{size} rows"
         )
     return size
@@ -121,7 +121,7 @@ def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
     """Shapes, types and shardings of the batch [M, B / M, ...] of a step, without values."""
     rows, length = microbatch_size(experiment, mesh), experiment.data.sequence_length
     shape = (experiment.train.batch_size // rows, rows)
-    sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+    sharding = NamedSharding(mesh, PartitionSpec(None, mesh_axes("batch", mesh)))
 
     def array(*rest: int, dtype: Any = np.int32) -> Any:
         return jax.ShapeDtypeStruct((*shape, *rest), dtype, sharding=sharding)
@@ -144,7 +144,7 @@ def put_batch(mesh: Mesh, batch: Batch, num_microbatches: int = 1, room: int = 1
     Row i of a device's rows goes to microbatch i mod M, so that every microbatch is spread evenly.
     With more room than microbatches the rest is zeros, so that a growing batch keeps its shape.
     """
-    sharding = NamedSharding(mesh, PartitionSpec(None, RULES["batch"]))
+    sharding = NamedSharding(mesh, PartitionSpec(None, mesh_axes("batch", mesh)))
     shards, num_shards = batch_shards(mesh)
     empty = max(0, room - num_microbatches)
 

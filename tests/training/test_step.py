@@ -166,7 +166,7 @@ MESHES = [
     for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES))
     if math.prod(sizes) <= jax.device_count()
 ]
-FEW = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 1, 4)]
+FEW = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 4, 1)]
 
 
 @pytest.mark.parametrize(
