@@ -3,9 +3,9 @@
     glmjax plan experiments/glm_base.py --topology v5e:4x4
     glmjax train experiments/glm_base.py --data.path wiki/ books/ --data.tokenizer bert.model
 
-The original ran on 64 V100. Published: 70.7 points on average over SuperGLUE after fine-tuning, where
-BERT-Base has 66.1 (GLM paper, table 1). Values are those of THUDM/GLM: config/ds_block_base.sh,
-config/config_block_base.json, and the defaults of its arguments.py.
+What to expect: SuperGLUE after fine-tuning beside BERT-Base, in the GLM paper (arXiv 2103.10360).
+Values are those of THUDM/GLM: config/ds_block_base.sh, config/config_block_base.json, and the defaults
+of its arguments.py.
 """
 
 from glmjax.config import (

@@ -3,9 +3,9 @@
     glmjax plan experiments/glm_large.py --topology v5e:4x4
     glmjax train experiments/glm_large.py --data.path wiki/ books/ --data.tokenizer bert.model
 
-The original ran on 64 V100 for about 2.5 days. Published: 77.0 points on average over SuperGLUE after
-fine-tuning, where BERT-Large has 72.0 (GLM paper, table 1). Values are those of THUDM/GLM:
-config/ds_block_large.sh, config/config_block_large.json, and the defaults of its arguments.py.
+What to expect: SuperGLUE after fine-tuning beside BERT-Large, in the GLM paper (arXiv 2103.10360).
+Values are those of THUDM/GLM: config/ds_block_large.sh, config/config_block_large.json, and the
+defaults of its arguments.py.
 """
 
 from glmjax.config import (
