@@ -108,9 +108,9 @@ def run() -> dict[str, Any]:
         ModuleNotFoundError: libtpu is not installed.
     """
     results: dict[str, Any] = {"date": datetime.date.today().isoformat()}
-    for name, cases in (("pods", PODS), ("compared", COMPARED), ("scaling", SCALING)):
+    for name, cases in (("compared", COMPARED), ("pods", PODS), ("scaling", SCALING)):
         results[name] = [_record(case) for case in cases]
-        write_whole(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
+    write_whole(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
     write_whole(DOCUMENT, document(results, json.loads(PEER.read_text())).encode())
     plot_scaling(results["scaling"], PLOT)
     return results

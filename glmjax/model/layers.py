@@ -8,7 +8,7 @@ import numpy as np
 
 from glmjax.config import GLMConfig
 from glmjax.model.params import LayerNorm, Linear
-from glmjax.sharding import constrain, gather, sum_over_batch
+from glmjax.sharding import constrain, gather, row_major, sum_over_batch
 
 
 def layer_norm(params: LayerNorm, x_BTD: jax.Array, epsilon: float) -> jax.Array:
@@ -44,8 +44,7 @@ def _product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """
     x = jax.lax.optimization_barrier(x)
     _, kernel_letters, y_letters = equation.replace("->", ",").split(",")
-    kernel = gather(kernel.astype(x.dtype), *_axes(kernel_letters))
-    return _pin(y_letters, jnp.einsum(equation, x, kernel))
+    return _pin(y_letters, jnp.einsum(equation, x, _whole(kernel, kernel_letters, x.dtype)))
 
 
 def _product_forward(equation, x, kernel):
@@ -56,7 +55,7 @@ def _product_backward(equation, residuals, dy):
     x, kernel = residuals
     x, dy = jax.lax.optimization_barrier((x, dy))
     x_letters, kernel_letters, y_letters = equation.replace("->", ",").split(",")
-    whole = gather(kernel.astype(x.dtype), *_axes(kernel_letters))
+    whole = _whole(kernel, kernel_letters, x.dtype)
     dx = _pin(x_letters, jnp.einsum(f"{y_letters},{kernel_letters}->{x_letters}", dy, whole))
     # The axis that is split comes first: the last one would be summed whole on every device.
     first = "d" + kernel_letters.replace("d", "")
@@ -71,6 +70,14 @@ def _product_backward(equation, residuals, dy):
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _whole(kernel: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:
+    """The gathered kernel, laid out as it was stored: XLA for TPUs would turn it to have the inputs
+    last, for which on v6e it takes longer than for the product."""
+    axes = _axes(letters)
+    kernel = gather(kernel.astype(dtype), *axes)
+    return row_major(kernel, *("stream" if axis == "embed" else axis for axis in axes))
 
 
 def _axes(letters: str) -> list[str]:
