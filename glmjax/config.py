@@ -140,6 +140,11 @@ class GLMConfig:
                 f"positions = {self.positions!r} needs a head size divisible by {parts}, got "
                 f"{self.head_size} (hidden_size {self.hidden_size} / num_heads {self.num_heads})"
             )
+        if self.remat == "none" and (self.saved or self.offloaded):
+            raise ValueError(
+                f"model.saved = {self.saved} and model.offloaded = {self.offloaded} need another "
+                "model.remat than 'none', which keeps everything on the device"
+            )
         if self.special_tokens is not None:
             for token, id in dataclasses.asdict(self.special_tokens).items():
                 if id is not None and not 0 <= id < self.vocab_size:

@@ -32,6 +32,7 @@ def test_replace_reaches_into_nested_fields():
             lambda: GLMConfig(hidden_size=36, num_heads=6, positions="rope_2d"),
             "'rope_2d' needs a head size divisible by 4, got 6",
         ),
+        (lambda: GLMConfig(remat="none", saved=("qkv",)), r"saved = \('qkv',\) .* than 'none'"),
         (lambda: glmjax.get_config("glm-base", vocab_size=200), "sop = 30522 .* vocab_size = 200"),
         (lambda: glmjax.get_config("glm-bas"), "'glm-bas'; the nearest is 'glm-base'"),
         (lambda: glmjax.get_config("glm-base", layers=2), "no field 'layers'; the nearest is 'num_layers'"),
