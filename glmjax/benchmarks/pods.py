@@ -160,15 +160,16 @@ The published recipe, with dropout and at least 4224 rows of 2,048 tokens a step
 
 {pods}
 
-The slices have powers of two chips and 4224 is 33 x 128: where chips do not divide it, rows are left
-empty, which tokens per second and days do not count as lost.
+4224 is 33 x 128: on 128 chips the last pass of two rows a chip is half empty, and its empty rows count
+here as if they were full (3% of the step).
 
 ## Beside MaxText
 
 MaxText's program of the same shape for the same chips, from the same compiler, read by the same
 analysis (`experiments/results/peer_maxtext.json` has its commit, versions and settings). Its remat
-`full` is `block` here; what more is kept stands behind a plus. In brackets ours over its, at equal
-tokens. "Compute only": operations and kernels one after the other. "Synchronous exposed": plus the
+`full` is `block` here; what more is kept stands behind a plus. In brackets ours over its, times at
+equal tokens. "Needs" is what libtpu compares with the memory of a device, of MaxText's programs XLA's
+peak, which is about as much. "Compute only": operations and kernels one after the other. "Synchronous exposed": plus the
 collectives beside which nothing runs. "Whole schedule": plus waiting for the others, as
 scheduled. Attention kernels are taken at half the matrix units' rate on both sides.
 
@@ -184,7 +185,7 @@ One row for each v5p chip, remat `ffn`:
 """
 
 HEADER = (
-    "| program | mesh | rows per chip, remat | peak GiB | hardware / model FLOPs | compute s | "
+    "| program | mesh | rows per chip, remat | needs GiB | hardware / model FLOPs | compute s | "
     "synchronous s | asynchronous s (waited for) | MFU: compute only | synchronous exposed | "
     "whole schedule | tokens/s/chip |"
 )
@@ -194,8 +195,8 @@ Record = Mapping[str, Any]
 
 
 def table(pairs: Iterable[tuple[Record, Iterable[Record]]]) -> str:
-    """A Markdown table of each peer program, and ours below with its peak and compute time over
-    the peer's."""
+    """A Markdown table of each peer program, and ours below with its memory and compute time
+    over the peer's."""
     lines = [HEADER, "|" + " --- |" * HEADER.count(" | ") + " --- |"]
     for peer, plans in pairs:
         lines.append(_row(f"MaxText {peer['name']}", peer))
@@ -215,7 +216,7 @@ def utilisations(record: Record) -> tuple[float, float, float]:
 
 def _row(name: str, record: Record, peer: Record | None = None) -> str:
     estimate = record["estimate"]
-    peak = f"{record['memory']['peak'] / 2**30:.1f}"
+    needs = f"{_needed(record) / 2**30:.1f}"
     if estimate is None:
         rows = f"{record['rows'] / record['devices']:g}, {record['remat']}"
         return f"| {name} | {_show_mesh(record)} | {rows} | {_refusal(record)} |" + "  |" * 8
@@ -223,13 +224,13 @@ def _row(name: str, record: Record, peer: Record | None = None) -> str:
     if peer is not None:
         tokens, of_peer = (r["rows"] * r["length"] / r["devices"] for r in (record, peer))
         seconds = peer["estimate"]["compute_seconds"] * tokens / of_peer
-        peak += f" ({record['memory']['peak'] / peer['memory']['peak']:.2f}x)"
+        needs += f" ({_needed(record) / _needed(peer):.2f}x)"
         compute += f" ({estimate['compute_seconds'] / seconds:.2f}x)"
     cells = (
         name,
         _show_mesh(record),
         f"{record['rows'] / record['devices']:g}, {record['remat']}",
-        peak,
+        needs,
         f"{record['hardware_flops'] / record['model_flops']:.2f}",
         compute,
         f"{estimate['synchronous_seconds']:.2f}",
@@ -240,10 +241,18 @@ def _row(name: str, record: Record, peer: Record | None = None) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _refusal(record: Record) -> str:
+def _needed(record: Record) -> float:
+    """Bytes that libtpu compares with a device's memory; of the peer's programs XLA's peak, which is
+    about as much."""
     memory = record["memory"]
-    needed = (memory["arguments"] + memory["temporaries"]) / 2**30
-    return f"does not fit: needs {needed:.1f} of {record['hbm_bytes'] / 2**30:.1f} GiB"
+    return memory["peak"] if "name" in record else memory["arguments"] + memory["temporaries"]
+
+
+def _refusal(record: Record) -> str:
+    return (
+        f"does not fit: needs {_needed(record) / 2**30:.1f} of "
+        f"{record['hbm_bytes'] / 2**30:.1f} GiB"
+    )
 
 
 def _show_mesh(record: Record) -> str:
@@ -273,15 +282,15 @@ def _pods_table(records: Iterable[Record]) -> str:
         "|" + " --- |" * 9,
     ]
     for record in records:
-        memory, estimate = record["memory"], record["estimate"]
+        estimate = record["estimate"]
         assert estimate is not None, f"{record['topology']}: {_refusal(record)}"
-        needed, rows = memory["arguments"] + memory["temporaries"], record["microbatch_rows"]
+        rows = record["microbatch_rows"]
         cells: tuple[str, ...] = (
             record["topology"],
             f"{record['chips']:,}",
             _show_mesh(record),
             f"{record['rows'] // record['microbatch_rows']} x {rows}, {record['remat']}",
-            f"{needed / 2**30:.1f} of {record['hbm_bytes'] / 2**30:.1f}",
+            f"{_needed(record) / 2**30:.1f} of {record['hbm_bytes'] / 2**30:.1f}",
             f"{record['hardware_flops'] / record['model_flops']:.2f}",
             f"{estimate['compute_utilisation']:.1%}, {estimate['utilisation']:.1%}",
             f"{estimate['tokens_per_second_per_chip']:.0f}",
@@ -293,7 +302,7 @@ def _pods_table(records: Iterable[Record]) -> str:
 
 def _scaling_table(records: Iterable[Record]) -> str:
     lines = [
-        "| chips | mesh | state GiB | peak GiB | collectives GB | compute s | waited s | MFU, whole schedule |",
+        "| chips | mesh | state GiB | needs GiB | collectives GB | compute s | waited s | MFU, whole schedule |",
         "|" + " --- |" * 8,
     ]
     for record in records:
@@ -302,7 +311,7 @@ def _scaling_table(records: Iterable[Record]) -> str:
             f"{record['chips']:,}",
             _show_mesh(record),
             f"{memory['arguments'] / 2**30:.2f}",
-            f"{memory['peak'] / 2**30:.1f}",
+            f"{_needed(record) / 2**30:.1f}",
             f"{_collective_bytes(record) / 1e9:.0f}",
             f"{estimate['compute_seconds']:.2f}",
             f"{estimate['synchronous_seconds'] + estimate['waiting_seconds']:.2f}",
@@ -323,8 +332,9 @@ def plot_scaling(records: list[Record], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     chips = [record["chips"] for record in records]
-    for name, label in (("peak", "peak"), ("arguments", "parameters and optimizer state")):
-        left.plot(chips, [r["memory"][name] / 2**30 for r in records], marker="o", label=label)
+    state = [record["memory"]["arguments"] / 2**30 for record in records]
+    left.plot(chips, [_needed(r) / 2**30 for r in records], marker="o", label="all that it needs")
+    left.plot(chips, state, marker="o", label="parameters and optimizer state")
     right.plot(chips, [_collective_bytes(r) / 1e9 for r in records], marker="o", color="black")
     left.set(ylabel="GiB of a device", ylim=(0, None))
     right.set(ylabel="GB of collectives a step, of a device", ylim=(0, None))
