@@ -152,7 +152,7 @@ What libtpu makes of the training step, compiled ahead of time on a machine with
 here was run on a TPU.** Memory, FLOPs and bytes are facts about the compiled programs; seconds and
 utilisation (MFU) are estimates of the model in [planning.md](planning.md), which says how far off they
 were where the truth is published. Made by `glmjax bench pods` on {date} ({versions}); every
-figure with its communication is in `experiments/results/pods.json`.
+figure, with its communication by axis, is in `experiments/results/pods.json`.
 
 ## GLM-130B fits
 
@@ -174,6 +174,22 @@ collectives beside which nothing runs. "Whole schedule": plus waiting for the ot
 scheduled. Attention kernels are taken at half the matrix units' rate on both sides.
 
 {compared}
+
+What the differences come from, and what stops the rest (November 2026, libtpu 0.0.42.1):
+
+* **Communication.** On v5p and v6e gathers and reduce-scatters run on the sparse cores beside products,
+  where MaxText's stand alone; "synchronous exposed" and "compute only" are nearly one number. What is
+  waited for is the first gather of each layer and pass, before which there is nothing to compute, and
+  the last sums. v4 has no sparse cores that do this: its gathers stand alone too.
+* **Computation** takes at most 0.95 of MaxText's time for GLM-130B everywhere: no layout copies of
+  gathered kernels, rotation by a product, no GELU inside products, attention once. Products run at 84
+  to 96% of the matrix units' rate on v5p. ChatGLM-6B on v5p is the exception (0.99): its products are a
+  third as wide and run at 76 to 93%.
+* **Memory** was to be at most 0.85 of MaxText's at equal rows and remat, and is not. With two and four
+  rows a chip the state and the kept outputs alone, equal on both sides, are over 0.8 of its program.
+  With one row, and more so on 512 chips, what is left is mostly gathered kernels and gradients of one
+  layer: transfers that run beside products hold their buffers longer. The remat that asks for less
+  than `minimal`, `ffn`, needs 0.84 of it at 1.10 times the model's FLOPs.
 
 ## Scaling
 
