@@ -151,8 +151,9 @@ DOCUMENT_TEXT = """# Pods that are not there
 What libtpu makes of the training step, compiled ahead of time on a machine without a TPU. **Nothing
 here was run on a TPU.** Memory, FLOPs and bytes are facts about the compiled programs; seconds and
 utilisation (MFU) are estimates of the model in [planning.md](planning.md), which says how far off they
-were where the truth is published. Made by `glmjax bench pods` on {date} ({versions}); every
-figure, with its communication by axis, is in `experiments/results/pods.json`.
+were where the truth is published. Made by `glmjax bench pods` on {date}
+({versions}); every figure, with its communication by axis, is in
+`experiments/results/pods.json`.
 
 ## GLM-130B fits
 
@@ -169,9 +170,9 @@ MaxText's program of the same shape for the same chips, from the same compiler, 
 analysis (`experiments/results/peer_maxtext.json` has its commit, versions and settings). Its remat
 `full` is `block` here; what more is kept stands behind a plus. In brackets ours over its, times at
 equal tokens. "Needs" is what libtpu compares with the memory of a device, of MaxText's programs XLA's
-peak, which is about as much. "Compute only": operations and kernels one after the other. "Synchronous exposed": plus the
-collectives beside which nothing runs. "Whole schedule": plus waiting for the others, as
-scheduled. Attention kernels are taken at half the matrix units' rate on both sides.
+peak, which is about as much. "Compute only": operations and kernels one after the other. "Synchronous
+exposed": plus the collectives beside which nothing runs. "Whole schedule": plus waiting for the
+others, as scheduled. Attention kernels are taken at half the matrix units' rate on both sides.
 
 {compared}
 
@@ -193,7 +194,8 @@ What the differences come from, and what stops the rest (November 2026, libtpu 0
 
 ## Scaling
 
-One row for each v5p chip, remat `ffn`:
+One row for each v5p chip, remat `ffn`. "Alive" is the busiest moment without the gaps that XLA leaves
+between buffers; the gaps do not shrink with the state.
 
 {scaling}
 
@@ -318,8 +320,8 @@ def _pods_table(records: Iterable[Record]) -> str:
 
 def _scaling_table(records: Iterable[Record]) -> str:
     lines = [
-        "| chips | mesh | state GiB | needs GiB | collectives GB | compute s | waited s | MFU, whole schedule |",
-        "|" + " --- |" * 8,
+        "| chips | mesh | state GiB | alive GiB | needs GiB | collectives GB | compute s | waited s | MFU, whole schedule |",
+        "|" + " --- |" * 9,
     ]
     for record in records:
         memory, estimate = record["memory"], record["estimate"]
@@ -327,6 +329,7 @@ def _scaling_table(records: Iterable[Record]) -> str:
             f"{record['chips']:,}",
             _show_mesh(record),
             f"{memory['arguments'] / 2**30:.2f}",
+            f"{memory['peak'] / 2**30:.1f}",
             f"{_needed(record) / 2**30:.1f}",
             f"{_collective_bytes(record) / 1e9:.0f}",
             f"{estimate['compute_seconds']:.2f}",
@@ -348,12 +351,18 @@ def plot_scaling(records: list[Record], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
     chips = [record["chips"] for record in records]
-    state = [record["memory"]["arguments"] / 2**30 for record in records]
-    left.plot(chips, [_needed(r) / 2**30 for r in records], marker="o", label="all that it needs")
+    alive, state = (
+        [record["memory"][part] / 2**30 for record in records] for part in ("peak", "arguments")
+    )
+    left.plot(
+        chips, [_needed(r) / 2**30 for r in records], marker="o", label="needs, gaps included"
+    )
+    left.plot(chips, alive, marker="o", label="alive at the busiest moment")
     left.plot(chips, state, marker="o", label="parameters and optimizer state")
-    right.plot(chips, [_collective_bytes(r) / 1e9 for r in records], marker="o", color="black")
+    collectives = [_collective_bytes(record) / 1e9 for record in records]
+    right.plot(chips, collectives, marker="o", color="black")
     left.set(ylabel="GiB of a device", ylim=(0, None))
-    right.set(ylabel="GB of collectives a step, of a device", ylim=(0, None))
+    right.set(ylabel="GB of collectives a step, of a device", ylim=(0, 1.1 * max(collectives)))
     for axes in (left, right):
         axes.set_xscale("log", base=2)
         axes.set(xlabel="v5p chips, a row of 2,048 tokens each", xticks=chips, xticklabels=chips)

@@ -56,6 +56,6 @@ def test_document_and_plot_hold_every_run(tmp_path):
     text = pods.document(results, {"runs": [peer]})
     assert "| v5p:4x4x8 | 128 | fsdp16 x tensor8 | 4 x 64, full | 15.0 of 95.0 | 1.25 |" in text
     assert "| MaxText theirs |" in text
-    assert "| 128 | fsdp16 x tensor8 | 6.00 | 15.0 | 7 | 6.00 | 0.75 | 40.0% |" in text
+    assert "| 128 | fsdp16 x tensor8 | 6.00 | 15.0 | 15.0 | 7 | 6.00 | 0.75 | 40.0% |" in text
     pods.plot_scaling([plan], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
