@@ -115,7 +115,7 @@ def compile_training(generation):
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
         abstract_params(config), param_shardings(config, mesh),
     )  # fmt: skip
-    rows = NamedSharding(mesh, partition(("batch", "length")))
+    rows = NamedSharding(mesh, partition(("batch", "length"), mesh))
     row = jax.ShapeDtypeStruct((4, 1024), jnp.int32, sharding=rows)
     positions = jax.ShapeDtypeStruct((4, 2, 1024), jnp.int32, sharding=rows)
 
