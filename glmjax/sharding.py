@@ -51,12 +51,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ValueError: the axis sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dataclasses.asdict(config)
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if -1 in sizes.values() and len(devices) % fixed == 0:
-        sizes = {axis: len(devices) // fixed if n == -1 else n for axis, n in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
-        raise ValueError(f"a mesh of {sizes} does not fit {len(devices)} devices")
+    sizes = mesh_sizes(config, len(devices))
     num_slices = len({getattr(device, "slice_index", 0) for device in devices})
     if sizes["data"] % num_slices:
         raise ValueError(
@@ -72,6 +67,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         shape, devices, allow_split_physical_axes=True
     )  # fmt: skip
     return Mesh(arranged, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def mesh_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """The axes of a mesh, of which one that is -1 takes the devices that are left.
+
+    Raises:
+        ValueError: they do not multiply to the number of devices.
+    """
+    sizes = resolve_sizes(config, num_devices)
+    if math.prod(sizes.values()) != num_devices:
+        raise ValueError(
+            f"a mesh of {dataclasses.asdict(config)} does not fit {num_devices} devices"
+        )
+    return sizes
+
+
+def resolve_sizes(config: MeshConfig, num_devices: int) -> dict[str, int]:
+    """As `mesh_sizes`, whether or not the mesh fits."""
+    sizes = dataclasses.asdict(config)
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    return {axis: num_devices // fixed if n == -1 else n for axis, n in sizes.items()}
 
 
 def mesh_axes(axis: str, mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from glmjax.config import (
     Remat,
     Saved,
     TrainConfig,
+    replace,
 )
 from glmjax.data.cache import write_whole
 from glmjax.planning.plan import plan, plan_to_json
@@ -128,9 +129,7 @@ def _record(case: Case) -> dict[str, Any]:
         no_dropout = dict.fromkeys(
             ("embedding_dropout", "attention_dropout", "hidden_dropout"), 0.0
         )
-        config = get_config(
-            case.model, dtype="bfloat16", remat=case.remat, saved=case.saved, **no_dropout
-        )
+        config = replace(config, **no_dropout)
     experiment = Experiment(
         model=config,
         objective=ObjectiveConfig(positions="1d" if config.positions == "rope_1d" else "2d"),

@@ -60,10 +60,7 @@ def _product_backward(equation, residuals, dy):
     # The axis that is split comes first: the last one would be summed whole on every device.
     first = "d" + kernel_letters.replace("d", "")
     product = functools.partial(jnp.einsum, f"{x_letters},{y_letters}->{first}")
-    rows = [
-        ["stream" if axis == "embed" else axis for axis in _axes(letters)]
-        for letters in (x_letters, y_letters)
-    ]
+    rows = _whole_axes(x_letters), _whole_axes(y_letters)
     dkernel = sum_over_batch(product, rows, _axes(first))(x, dy)
     dkernel = jnp.moveaxis(dkernel, 0, kernel_letters.index("d"))
     return jax.lax.optimization_barrier(dx), dkernel.astype(kernel.dtype)
@@ -75,13 +72,16 @@ _product.defvjp(_product_forward, _product_backward)
 def _whole(kernel: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:
     """The gathered kernel, laid out as it was stored: XLA for TPUs would turn it to have the inputs
     last, for which on v6e it takes longer than for the product."""
-    axes = _axes(letters)
-    kernel = gather(kernel.astype(dtype), *axes)
-    return row_major(kernel, *("stream" if axis == "embed" else axis for axis in axes))
+    return row_major(gather(kernel.astype(dtype), *_axes(letters)), *_whole_axes(letters))
 
 
 def _axes(letters: str) -> list[str]:
     return [AXES[letter] for letter in letters]
+
+
+def _whole_axes(letters: str) -> list[str]:
+    """The same where the model width is not split."""
+    return ["stream" if axis == "embed" else axis for axis in _axes(letters)]
 
 
 def _pin(letters: str, x: jax.Array) -> jax.Array:

@@ -10,25 +10,7 @@ from jax.sharding import AbstractMesh, AxisType
 from glmjax.config import Experiment, MeshConfig, replace
 from glmjax.planning.programs import Job
 from glmjax.planning.topologies import Topology
-from glmjax.sharding import RULES
-
-
-def mesh_sizes(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    """The axes of a mesh with the one that is -1 resolved.
-
-    Raises:
-        ValueError: they do not multiply to the number of devices.
-    """
-    sizes = _resolve(mesh, num_devices)
-    if math.prod(sizes.values()) != num_devices:
-        raise ValueError(f"a mesh of {dataclasses.asdict(mesh)} does not fit {num_devices} devices")
-    return sizes
-
-
-def _resolve(mesh: MeshConfig, num_devices: int) -> dict[str, int]:
-    sizes: dict[str, int] = dataclasses.asdict(mesh)
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    return {axis: num_devices // fixed if n == -1 else n for axis, n in sizes.items()}
+from glmjax.sharding import num_parts, resolve_sizes
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> Any:
@@ -38,7 +20,7 @@ def abstract_mesh(sizes: Mapping[str, int]) -> Any:
 
 def batch_shards(sizes: Mapping[str, int]) -> int:
     """Into how many parts a mesh splits a batch."""
-    return math.prod(sizes[axis] for axis in RULES["batch"])
+    return num_parts("batch", abstract_mesh(sizes))
 
 
 def arrange(experiment: Experiment, topology: Topology, job: Job = "train") -> Experiment:
@@ -52,7 +34,7 @@ def arrange(experiment: Experiment, topology: Topology, job: Job = "train") -> E
         ValueError: no such mesh splits the rows of the batch evenly.
     """
     devices, train = topology.num_devices, experiment.train
-    sizes = _resolve(experiment.mesh, devices)
+    sizes = resolve_sizes(experiment.mesh, devices)
     fits = math.prod(sizes.values()) == devices and sizes["data"] % topology.num_slices == 0
     if job == "train" and fits:
         return experiment

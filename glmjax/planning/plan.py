@@ -20,10 +20,11 @@ from glmjax.config import Experiment, config_to_json
 from glmjax.data.cache import digest, write_whole
 from glmjax.model.attention import KVCache
 from glmjax.planning import calibration, hlo, roofline
-from glmjax.planning.arrange import abstract_mesh, batch_shards, mesh_sizes
+from glmjax.planning.arrange import abstract_mesh, batch_shards
 from glmjax.planning.memory import Contributor, Memory
 from glmjax.planning.programs import Job, Program, Serving, compile_program, versions
 from glmjax.planning.topologies import Generation, Topology
+from glmjax.sharding import mesh_sizes
 from glmjax.training.step import abstract_state, microbatch_size, step_settings
 
 TOKENS = 400e9

@@ -11,11 +11,12 @@ import glmjax.planning.plan
 from glmjax.config import MeshConfig, replace
 from glmjax.model.params import count_params
 from glmjax.planning import hlo
-from glmjax.planning.arrange import arrange, flags, mesh_sizes, place
+from glmjax.planning.arrange import arrange, flags, place
 from glmjax.planning.memory import Memory
 from glmjax.planning.plan import plan, plan_from_json, plan_to_json
 from glmjax.planning.programs import Program, Serving, compile_program
 from glmjax.planning.topologies import Topology
+from glmjax.sharding import mesh_sizes
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 needs_libtpu = pytest.mark.tpu

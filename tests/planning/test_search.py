@@ -7,9 +7,10 @@ import pytest
 from plans import make_experiment, make_plan
 
 from glmjax.config import Remat, replace
-from glmjax.planning.arrange import batch_shards, mesh_sizes
+from glmjax.planning.arrange import batch_shards
 from glmjax.planning.search import ROWS, candidates, search
 from glmjax.planning.topologies import Topology
+from glmjax.sharding import mesh_sizes
 
 TOPOLOGY = Topology("v5p:2x2x1")
 
