@@ -1,7 +1,7 @@
 """GLM-10B: does one model of blanks, sentences and documents both understand and generate?
 
     glmjax plan experiments/glm_10b.py --topology v5p:4x4x4
-    glmjax train experiments/glm_10b.py --data.path pile/ cc-news/ --data.tokenizer gpt2.model
+    glmjax train experiments/glm_10b.py --data.path pile/ cc-news/ --data.tokenizer gpt2-vocab.json
     glmjax plan experiments/glm_10b.py:longer --topology v5p:4x4x4
 
 Published, after both stages: LAMBADA 72.35, WikiText-103 perplexity 11.33, both zero-shot and
@@ -44,7 +44,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             path=("data/pile", "data/cc-news"),  # --train-data, English only (--filter-english)
-            tokenizer="data/gpt2.model",  # --tokenizer-type GPT2BPETokenizer
+            tokenizer="data/gpt2-vocab.json",  # --tokenizer-type GPT2BPETokenizer
             text_length=512,  # --seq-length
             sequence_length=576,  # room for blanks; the original pads to the longest row
             heldout=0.05,  # --split 949,50,1

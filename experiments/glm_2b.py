@@ -1,7 +1,7 @@
 """GLM-2B: how much of GLM-10B does a fifth of its parameters keep?
 
     glmjax plan experiments/glm_2b.py --topology v5e:8x8
-    glmjax train experiments/glm_2b.py --data.path pile/ cc-news/ --data.tokenizer gpt2.model
+    glmjax train experiments/glm_2b.py --data.path pile/ cc-news/ --data.tokenizer gpt2-vocab.json
 
 No result of this model was published. Values are those of THUDM/GLM at its commit f83be82, whose
 main branch no longer has them: config/ds_block_2B.sh, config/config_block_2B.json, and the defaults
@@ -40,7 +40,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             path=("data/pile", "data/cc-news"),  # --train-data, English only (--filter-english)
-            tokenizer="data/gpt2.model",  # --tokenizer-type GPT2BPETokenizer
+            tokenizer="data/gpt2-vocab.json",  # --tokenizer-type GPT2BPETokenizer
             text_length=512,  # --seq-length
             sequence_length=576,  # room for blanks; the original pads to the longest row
             heldout=0.05,  # --split 949,50,1

@@ -1,7 +1,7 @@
 """GLM-Base (110M): is blank infilling a better way to pretrain than BERT's masked tokens?
 
     glmjax plan experiments/glm_base.py --topology v5e:4x4
-    glmjax train experiments/glm_base.py --data.path wiki/ books/ --data.tokenizer bert.model
+    glmjax train experiments/glm_base.py --data.path wiki/ books/ --data.tokenizer vocab.txt
 
 What to expect: SuperGLUE after fine-tuning beside BERT-Base, in the GLM paper (arXiv 2103.10360).
 Values are those of THUDM/GLM: config/ds_block_base.sh, config/config_block_base.json, and the defaults
@@ -32,7 +32,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             path=("data/wikipedia", "data/bookscorpus"),  # --train-data bert-base
-            tokenizer="data/bert-base-uncased.model",  # --tokenizer-model-type
+            tokenizer="data/bert-base-uncased-vocab.txt",  # --tokenizer-model-type
             text_length=512,  # --seq-length
             sequence_length=576,  # room for blanks; the original pads to the longest row
             heldout=0.05,  # --split 949,50,1

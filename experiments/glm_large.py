@@ -1,7 +1,7 @@
 """GLM-Large (335M): does blank infilling still beat masked tokens at BERT-Large's size?
 
     glmjax plan experiments/glm_large.py --topology v5e:4x4
-    glmjax train experiments/glm_large.py --data.path wiki/ books/ --data.tokenizer bert.model
+    glmjax train experiments/glm_large.py --data.path wiki/ books/ --data.tokenizer vocab.txt
 
 What to expect: SuperGLUE after fine-tuning beside BERT-Large, in the GLM paper (arXiv 2103.10360).
 Values are those of THUDM/GLM: config/ds_block_large.sh, config/config_block_large.json, and the
@@ -32,7 +32,7 @@ def experiment() -> Experiment:
         ),
         data=DataConfig(
             path=("data/wikipedia", "data/bookscorpus"),  # --train-data bert-large
-            tokenizer="data/bert-large-uncased.model",  # --tokenizer-model-type
+            tokenizer="data/bert-large-uncased-vocab.txt",  # --tokenizer-model-type
             text_length=512,  # --seq-length
             sequence_length=576,  # room for blanks; the original pads to the longest row
             heldout=0.05,  # --split 949,50,1

@@ -27,7 +27,9 @@ The GLM family in JAX. Commands:
   train EXPERIMENT   train a model; the same command again continues the run
   plan EXPERIMENT    say whether it fits on TPUs that are not there, and how fast it would be
   infill TEXT ...    fill the [MASK], [sMASK] and [gMASK] blanks of texts
-  bench WHAT         measure speed: data, train, attention, pods
+  inspect PATH       say what a checkpoint holds, of whatever format
+  convert SRC DST    write a model in another format: ours, Hugging Face's, tensor-parallel ranks
+  bench WHAT         measure speed: data, train, attention, convert, pods
 
 `glmjax COMMAND --help` explains a command and gives examples.
 """
@@ -64,7 +66,33 @@ examples:
   glmjax infill --checkpoint runs/quickstart "The capital of France is [MASK]."
   glmjax infill --checkpoint runs/quickstart --temperature 0.8 --seed 1 "Return [MASK] of [MASK]."
   glmjax infill --checkpoint runs/quickstart "This function [gMASK]"
+  glmjax infill --checkpoint glm-10b --tokenizer gpt2-vocab.json "Paris is [MASK]."
   glmjax infill --checkpoint runs/quickstart --json < texts.txt"""
+
+INSPECT_HELP = """Says what a checkpoint holds: format, model, exact number of parameters, types, and every
+tensor that is missing, unexpected or of the wrong shape. Weights are not read. Exit status 1 when
+something is wrong with it.
+
+examples:
+  glmjax inspect chatglm-6b
+  glmjax inspect glm-130b-sat --json
+  glmjax inspect runs/quickstart
+  glmjax inspect chatglm-6b --verify"""
+
+CONVERT_HELP = """Writes a model in another format, a layer at a time; of a model of 257 GB eight are in memory.
+
+SRC is anything that glmjax opens: a folder of glmjax, of Hugging Face (safetensors or .bin) or of
+tensor-parallel ranks (THUDM/GLM, GLM-130B), quantised or not. Bits stay as they are unless --dtype or
+--quantize say otherwise. Until the copy is whole DST does not exist, only DST.unfinished; the same
+command continues. PyTorch files need pip install "glmjax[torch]".
+
+examples:
+  glmjax convert chatglm-6b chatglm-6b-glmjax
+  glmjax convert chatglm-6b chatglm-6b-int4 --quantize int4
+  glmjax convert glm-130b-sat glm-130b-hf --to hf
+  glmjax convert glm-130b-glmjax glm-130b-mp4 --to ranks --ranks 4
+  glmjax convert chatglm-6b tuned --prefix ptuning/checkpoint-3000
+  glmjax convert runs/books books-hf --to hf --dtype float16"""
 
 BENCH_HELP = """Measures speed on this machine.
 
@@ -74,6 +102,9 @@ BENCH_HELP = """Measures speed on this machine.
                       experiments/results
   attention --static  cycles of the TPU kernels, compiled for chips that are not there, beside
                       splash attention; needs pip install "glmjax[tpu]", no TPU
+  convert conversions and loading of synthetic models of full width, their host memory and the disk
+          beside them; takes 35 GB of the current folder and 10 minutes, needs
+          pip install "glmjax[interop,torch]", writes docs/checkpoints.md
   pods    the training step of GLM-130B, compiled for pods that are not there, beside MaxText's;
           half an hour, needs pip install "glmjax[plan]", writes docs/pods.md
 
@@ -82,7 +113,8 @@ examples:
   glmjax bench train --json
   glmjax bench attention --static
   glmjax bench attention --static --chips v4 v5e v5p v6e
-  glmjax bench attention --tune --chips v5p"""
+  glmjax bench attention --tune --chips v5p
+  glmjax bench convert"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "train": _train,
         "plan": _plan,
         "infill": _infill,
+        "inspect": _inspect,
+        "convert": _convert,
         "bench": _bench,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -277,7 +311,7 @@ def _show_results(experiment: Experiment, summary: dict[str, Any], examples: boo
     """A table of the run's numbers, and a few held-out blanks filled by its newest checkpoint."""
     from glmjax.data.prepare import prepare
     from glmjax.inference.examples import fill_heldout
-    from glmjax.training.checkpoint import load_model
+    from glmjax.training.model_folder import load_model
 
     run = Path(experiment.train.run)
     console = Console()
@@ -301,7 +335,7 @@ def _show_results(experiment: Experiment, summary: dict[str, Any], examples: boo
         return
 
     config, params = load_model(run)
-    corpora = prepare(experiment.data, experiment.objective)
+    corpora = prepare(experiment.data, experiment.objective, config.special_tokens)
     table = Table("held-out sentence", "truth", "filled", title="blanks filled greedily")
     for example in fill_heldout(config, params, corpora, count=6):
         table.add_row(*(_literal(text) for text in dataclasses.astuple(example)))
@@ -319,7 +353,9 @@ class InfillFlags:
     texts: tyro.conf.Positional[tuple[str, ...]] = ()
     """Texts with blanks; without any, one from each line of standard input."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="DIR")] = "runs/quickstart"
-    """A run folder, its checkpoints, or a saved model beside its tokenizer.model."""
+    """A run folder, its checkpoints, a saved model or an official one, beside its vocabulary."""
+    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """The vocabulary, a file or folder, where it is not in or above the checkpoint."""
     max_new_tokens: int = 32
     """Longest filling of one blank, in tokens."""
     temperature: float = 0.0
@@ -339,12 +375,13 @@ def _infill(arguments: list[str]) -> int:
 
     from glmjax.data.tokenizers import load_tokenizer
     from glmjax.inference.infill import infill_text
-    from glmjax.inference.load import load
     from glmjax.inference.sampling import Sampling
+    from glmjax.interop.load import load
 
     texts = list(flags.texts) or [line.rstrip("\n") for line in sys.stdin]
     config, params = load(flags.checkpoint)
-    tokenizer = load_tokenizer(_find_tokenizer(Path(flags.checkpoint)))
+    vocabulary = flags.tokenizer or _find_tokenizer(Path(flags.checkpoint))
+    tokenizer = load_tokenizer(vocabulary, config.special_tokens)
     sampling = Sampling(flags.temperature, flags.top_k, flags.top_p, flags.seed)
     filled = infill_text(config, params, tokenizer, texts, flags.max_new_tokens, sampling)
     for text, result in zip(texts, filled, strict=True):
@@ -353,16 +390,104 @@ def _infill(arguments: list[str]) -> int:
 
 
 def _find_tokenizer(checkpoint: Path) -> Path:
-    """tokenizer.model of a run, for any folder inside the run."""
-    for folder in (checkpoint, *checkpoint.resolve().parents[:2]):
-        if (folder / "tokenizer.model").exists():
-            return folder / "tokenizer.model"
-    raise FileNotFoundError(f"there is no tokenizer.model in or above {checkpoint}")
+    """The folder of the vocabulary: the checkpoint, or the run in which it is."""
+    from glmjax.data.vocabulary_files import find_vocabularies
+
+    folders = [checkpoint.expanduser(), *checkpoint.expanduser().resolve().parents[:2]]
+    return next((folder for folder in folders if find_vocabularies(folder)), folders[0])
+
+
+@dataclass(frozen=True)
+class InspectFlags:
+    path: tyro.conf.Positional[str]
+    """A folder, or one of its files."""
+    verify: bool = False
+    """Also compare the files with the SHA-256 that SHA256SUMS beside them lists."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def _inspect(arguments: list[str]) -> int:
+    flags = tyro.cli(InspectFlags, args=arguments, prog="glmjax inspect", description=INSPECT_HELP)
+
+    from glmjax.interop import inspection
+
+    report = inspection.inspect(flags.path, flags.verify)
+    if flags.json:
+        print(json.dumps(dataclasses.asdict(report)))
+    else:
+        inspection.show(report, Console())
+    return 1 if report.problems else 0
+
+
+@dataclass(frozen=True)
+class ConvertFlags:
+    source: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="SRC")]]
+    """The model."""
+    target: tyro.conf.Positional[Annotated[str, tyro.conf.arg(metavar="DST")]]
+    """The folder to write, which must not exist yet."""
+    to: Literal["glmjax", "hf", "ranks"] = "glmjax"
+    """glmjax: for training and inference here. hf: safetensors and config.json as on Hugging Face.
+    ranks: a PyTorch file for each tensor-parallel rank, as THUDM/GLM and GLM-130B read them."""
+    ranks: int = 1
+    """ranks: how many."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the floats; without it they stay what they are."""
+    quantize: Literal["int8", "int4", "none"] | None = None
+    """Make integers of the kernels in the blocks, by the official rule; none: make floats of them."""
+    prefix: str | None = None
+    """A P-tuning v2 checkpoint, whose prefix becomes part of the model."""
+    shard_gigabytes: float = 5.0
+    """hf: size of a file."""
+    verify: bool = False
+    """First compare the files of SRC with the SHA-256 that SHA256SUMS beside them lists."""
+
+
+def _convert(arguments: list[str]) -> int:
+    flags = tyro.cli(ConvertFlags, args=arguments, prog="glmjax convert", description=CONVERT_HELP)
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed, and accelerators may be busy
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    from glmjax.interop.convert import convert
+    from glmjax.model.params import count_params
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(Path(flags.target).name, total=None)
+
+    def progress(done: int, total: int) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total)
+
+    try:
+        config = convert(
+            flags.source, flags.target, flags.to,
+            ranks=flags.ranks, dtype=flags.dtype, quantize=flags.quantize, prefix=flags.prefix,
+            shard_bytes=round(flags.shard_gigabytes * 1e9), verify=flags.verify, progress=progress,
+        )  # fmt: skip
+    finally:
+        if bar.live.is_started:
+            bar.stop()
+    print(f"{flags.target}: {config.name}, {count_params(config):,} parameters, as {flags.to}")
+    return 0
 
 
 @dataclass(frozen=True)
 class BenchFlags:
-    what: tyro.conf.Positional[Literal["data", "train", "attention", "pods"]]
+    what: tyro.conf.Positional[Literal["data", "train", "attention", "convert", "pods"]]
     """What to measure."""
     json: bool = False
     """Print one JSON object instead of a table."""

@@ -13,9 +13,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
-Positions = Literal["learned_2d", "rope_1d", "rope_2d"]
-Norm = Literal["pre", "deepnorm"]
-FeedForward = Literal["gelu", "geglu"]
+Positions = Literal["learned_2d", "rope_1d", "rope_2d", "rope_half"]
+Norm = Literal["pre", "deepnorm", "rmsnorm"]
+FeedForward = Literal["gelu", "geglu", "swiglu"]
 Dtype = Literal["float32", "bfloat16"]
 AttentionImplementation = Literal["auto", "reference", "blockwise", "tpu", "tokamax", "cudnn"]
 Remat = Literal["none", "matmuls", "ffn", "attention", "block"]
@@ -54,8 +54,24 @@ class SpecialTokens:
 
 
 @dataclass(frozen=True)
+class Quantization:
+    """Kernels of the blocks as integers with a scale per output (GLM-130B section 4)."""
+
+    bits: Literal[4, 8]
+    """Width of an integer; two of 4 bits share a byte."""
+    shards: int = 1
+    """attention_out and ffn_out have a scale for each of so many equal parts of their inputs:
+    GLM-130B's shards were quantised one by one."""
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"quantization.bits must be 4 or 8, got {self.bits}")
+        _require_positive(self, "shards", "quantization.")
+
+
+@dataclass(frozen=True)
 class GLMConfig:
-    """One transformer for the three families: GLM 110M-10B, GLM-130B, ChatGLM-6B."""
+    """One transformer for all families: GLM 110M-10B, GLM-130B, ChatGLM-6B and its successors."""
 
     name: str = "custom"
     """Name of the preset, for logs and checkpoints."""
@@ -65,29 +81,43 @@ class GLMConfig:
     """Width of the residual stream (D)."""
     num_heads: int = 12
     """Attention heads (H); the head size K is hidden_size / num_heads."""
+    num_kv_heads: int | None = None
+    """Heads of keys and values (G), each shared by H / G heads of queries; None: H."""
     ffn_size: int = 3072
-    """Inner width of the feed-forward layer (F); for geglu the width of each half."""
+    """Inner width of the feed-forward layer (F); for geglu and swiglu the width of each half."""
     vocab_size: int = 30592
     """Rows of the word embedding (V), padding included."""
     max_positions: int = 512
     """Longest position id; the learned tables have one row more."""
     positions: Positions = "learned_2d"
     """learned_2d: two added tables (GLM). rope_1d: rotary (GLM-130B). rope_2d: rotary, one half of
-    each head by position and one by block position (ChatGLM-6B)."""
+    each head by position and one by block position (ChatGLM-6B). rope_half: rotary, the first half
+    of each head alone, neighbours as pairs (ChatGLM2-6B to GLM-4)."""
     norm: Norm = "pre"
     """pre: LayerNorm before each branch (GLM). deepnorm: the residual is the normalised input times
-    sqrt(2 N) (GLM-130B, ChatGLM-6B)."""
+    sqrt(2 N) (GLM-130B, ChatGLM-6B). rmsnorm: as pre, with RMSNorm (ChatGLM2-6B to GLM-4)."""
     ffn: FeedForward = "gelu"
-    """gelu: tanh form. geglu: value * gelu(gate), erf form (GLM-130B)."""
+    """gelu: tanh form. geglu: value * gelu(gate), erf form (GLM-130B). swiglu: silu(gate) * value
+    (ChatGLM2-6B to GLM-4)."""
+    biases: Literal["all", "qkv"] = "all"
+    """Which matrix products of a block have a bias: all, or those for queries, keys and values."""
     tied_embeddings: bool = True
     """The output layer is the transposed word embedding."""
     layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every LayerNorm."""
+    """Added to the variance in every norm."""
+    rope_base: float = 10000.0
+    """Rotary frequencies are the powers of 1 / rope_base."""
     rope_frequencies: Literal["float32", "float16"] = "float16"
     """Precision to which rotary frequencies are rounded; the official GLM-130B and ChatGLM-6B code
     rounds them to float16."""
     special_tokens: SpecialTokens | None = None
     """Special ids of the vocabulary, needed to train and to generate."""
+    prefix_length: int = 0
+    """Learnt keys and values in front of every layer (P-tuning v2); 0: none."""
+    prefix_projection: bool = False
+    """The prefix is made from embeddings by two layers."""
+    quantization: Quantization | None = None
+    """How the kernels of the blocks are stored as integers; None: as they are."""
     initializer_scale: float = 0.02
     """Standard deviation of the normal initialisers of embeddings and of pre-norm projections."""
     embedding_dropout: float = 0.1
@@ -118,13 +148,9 @@ class GLMConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "num_layers",
-            "hidden_size",
-            "num_heads",
-            "ffn_size",
-            "vocab_size",
-            "max_positions",
-        ):
+            "num_layers", "hidden_size", "num_heads", "ffn_size", "vocab_size", "max_positions",
+            "rope_base",
+        ):  # fmt: skip
             _require_positive(self, name)
         for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
             rate = getattr(self, name)
@@ -134,7 +160,18 @@ class GLMConfig:
             raise ValueError(
                 f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}"
             )
-        parts = {"learned_2d": 1, "rope_1d": 2, "rope_2d": 4}[self.positions]
+        if self.num_kv_heads is not None:
+            _require_positive(self, "num_kv_heads")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}"
+            )
+        if self.prefix_length < 0:
+            raise ValueError(f"prefix_length must not be negative, got {self.prefix_length}")
+        if self.prefix_projection and not self.prefix_length:
+            raise ValueError("prefix_projection needs a prefix_length")
+        self._check_quantization()
+        parts = {"learned_2d": 1, "rope_1d": 2, "rope_2d": 4, "rope_half": 4}[self.positions]
         if self.head_size % parts:
             raise ValueError(
                 f"positions = {self.positions!r} needs a head size divisible by {parts}, got "
@@ -158,9 +195,29 @@ class GLMConfig:
         return self.hidden_size // self.num_heads
 
     @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values (G)."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
     def residual_scale(self) -> float:
         """DeepNorm's alpha, sqrt(2 N) (GLM-130B section 2.2); 1 for pre-norm."""
         return math.sqrt(2 * self.num_layers) if self.norm == "deepnorm" else 1.0
+
+    def _check_quantization(self) -> None:
+        if self.quantization is None:
+            return
+        for name in ("num_heads", "ffn_size"):
+            if getattr(self, name) % self.quantization.shards:
+                raise ValueError(
+                    f"quantization.shards = {self.quantization.shards} does not divide {name} = "
+                    f"{getattr(self, name)}"
+                )
+        for name in ("hidden_size", "head_size", "ffn_size"):
+            if self.quantization.bits == 4 and getattr(self, name) % 2:
+                raise ValueError(
+                    f"quantization to 4 bits needs an even {name}, got {getattr(self, name)}"
+                )
 
 
 @dataclass(frozen=True)
@@ -245,7 +302,8 @@ class DataConfig:
     target_field: str = "target"
     """Field of multi-task records that holds the target."""
     tokenizer: str | None = None
-    """A SentencePiece model file; None trains one on the corpus."""
+    """A vocabulary of the family, such as an official one: its file or folder; None trains one on
+    the corpus."""
     vocab_size: int = 8192
     """Pieces of a newly trained tokenizer, special tokens included."""
     sequence_length: int = 512
@@ -511,7 +569,7 @@ class Experiment:
             raise ValueError(
                 f"data.{field} = {length} exceeds model.max_positions = {model.max_positions}"
             )
-        if (objective.positions == "1d") != (model.positions == "rope_1d"):
+        if (objective.positions == "1d") != (model.positions in ("rope_1d", "rope_half")):
             raise ValueError(
                 f"objective.positions = {objective.positions!r} does not fit model.positions = "
                 f"{model.positions!r}"

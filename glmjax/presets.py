@@ -1,8 +1,9 @@
 """Published models as constants. Each fact stands beside its source.
 
 Shapes: THUDM/GLM `config_tasks/model_blocklm_*.sh`, THUDM/GLM-130B `configs/model_glm_130b.sh`,
-Hugging Face THUDM/chatglm-6b `config.json`. Special ids: THUDM/GLM `data_utils/tokenization.py`,
-THUDM/icetk, THUDM/chatglm-6b `tokenization_chatglm.py`.
+Hugging Face `config.json` of THUDM/chatglm-6b, chatglm2-6b, chatglm3-6b and glm-4-9b. Special ids:
+THUDM/GLM `data_utils/tokenization.py`, THUDM/icetk, THUDM/chatglm-6b and chatglm2-6b
+`tokenization_chatglm.py`, THUDM/codegeex4-all-9b `tokenizer_config.json` (that of GLM-4).
 """
 
 import difflib
@@ -23,6 +24,9 @@ CHINESE_TOKENS = SpecialTokens(
     mask=50003, sop=50006, eop=50007, eos=50000, pad=50000,
     gmask=50009, smask=50008, cls=50002, dblock=50010,
 )  # fmt: skip
+# GLM-10B-Chinese as THUDM/GLM published it, trained before [gMASK] had an id of its own. Its Hugging
+# Face form has the row of <eop> a second time in the embedding, as that of [gMASK] above.
+CHINESE_ORIGINAL_TOKENS = replace(CHINESE_TOKENS, gmask=50007, dblock=50009)
 ICETK_TOKENS = SpecialTokens(
     mask=150000, sop=150004, eop=150005, eos=20002, pad=0, gmask=150001, smask=150002, dblock=150007
 )
@@ -46,6 +50,12 @@ CHATGLM_V0_TOKENS = SpecialTokens(
     gmask=150001,
     smask=150002,
     dblock=150007,
+)
+CHATGLM2_TOKENS = SpecialTokens(
+    mask=64789, sop=64792, eop=64793, eos=2, pad=0, gmask=64790, smask=64791
+)
+GLM_4_TOKENS = SpecialTokens(
+    mask=151330, sop=151333, eop=151334, eos=151329, pad=151329, gmask=151331, smask=151332
 )
 # Vocabularies trained by glmjax: special tokens first, so that their ids do not depend on the size.
 TRAINED_TOKENS = SpecialTokens(
@@ -73,6 +83,12 @@ _CHATGLM_6B = GLMConfig(
     vocab_size=130528, max_positions=2048, positions="rope_2d", norm="deepnorm", ffn="gelu",
     special_tokens=CHATGLM_TOKENS,
 )  # fmt: skip
+_CHATGLM2_6B = GLMConfig(
+    name="chatglm2-6b", num_layers=28, hidden_size=4096, num_heads=32, num_kv_heads=2,
+    ffn_size=13696, vocab_size=65024, max_positions=32768, positions="rope_half", norm="rmsnorm",
+    ffn="swiglu", biases="qkv", tied_embeddings=False, rope_frequencies="float32",
+    special_tokens=CHATGLM2_TOKENS,
+)  # fmt: skip
 
 # Small models of our own, for tests, notebooks and CPUs.
 _GLM_TINY = GLMConfig(
@@ -98,12 +114,23 @@ PRESETS = {
         replace(
             _CHATGLM_6B, name="chatglm-6b-v0", vocab_size=150528, special_tokens=CHATGLM_V0_TOKENS
         ),
+        _CHATGLM2_6B,
+        replace(_CHATGLM2_6B, name="chatglm3-6b", max_positions=8192),
+        replace(
+            _CHATGLM2_6B, name="glm-4-9b", num_layers=40, vocab_size=151552, max_positions=131072,
+            layer_norm_epsilon=1.5625e-7, special_tokens=GLM_4_TOKENS,
+        ),
         _GLM_TINY,
         replace(
             _GLM_TINY, name="glm-130b-tiny", positions="rope_1d", norm="deepnorm", ffn="geglu",
             ffn_size=176, initializer_scale=0.0052,
         ),
         replace(_GLM_TINY, name="chatglm-tiny", positions="rope_2d", norm="deepnorm"),
+        replace(
+            _GLM_TINY, name="glm-4-tiny", num_kv_heads=2, positions="rope_half", norm="rmsnorm",
+            ffn="swiglu", biases="qkv", ffn_size=176, tied_embeddings=False,
+            rope_frequencies="float32",
+        ),
         replace(
             _GLM_TINY, name="glm-5m", num_layers=6, hidden_size=256, num_heads=4, ffn_size=1024,
             vocab_size=8192, max_positions=2048,

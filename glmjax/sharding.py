@@ -37,6 +37,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "head": (),
     "seed": (),
     "gate": (),
+    "group": (),
 }
 
 

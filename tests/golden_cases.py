@@ -6,14 +6,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from glmjax.config import GLMConfig
-from glmjax.interop.official import from_official, prefix_from_official
-from glmjax.interop.official_config import read_config
+from glmjax.interop.layout import to_official
+from glmjax.interop.load import load
+from glmjax.interop.names import family_of
+from glmjax.interop.places import find_places
 from glmjax.model.attention import BlankMask
 from glmjax.model.params import Params
-from glmjax.model.prefix import PrefixEncoder
+from glmjax.model.parts import take_apart
 
 GOLDEN = Path(__file__).parent / "golden"
 GRADIENT_STRIDE = 5
@@ -48,7 +49,6 @@ class Case(NamedTuple):
 
     config: GLMConfig
     params: Params
-    prefix: PrefixEncoder | None
     batch: Batch
     outputs: dict[str, np.ndarray]
 
@@ -58,22 +58,30 @@ def read_npz(case: str, name: str) -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
-def load_model(
-    case: str, name: str = "model", **changes: Any
-) -> tuple[GLMConfig, Params, PrefixEncoder | None]:
-    """The tiny model of a case and its P-tuning prefix, if it has one."""
-    config = dataclasses.replace(read_config(GOLDEN / case), **changes)
-    tensors = load_file(GOLDEN / case / f"{name}.safetensors")
-    model = {key: x for key, x in tensors.items() if "prefix_encoder" not in key}
-    prefix = prefix_from_official(config, tensors) if len(model) < len(tensors) else None
-    if not config.tied_embeddings:
-        model["lm_head.weight"] = model["transformer.word_embeddings.weight"]
-    return config, from_official(config, model), prefix
+def load_model(case: str, name: str = "model", **changes: Any) -> tuple[GLMConfig, Params]:
+    """The tiny model of a case, its floats in float32; `changes` are applied to the configuration.
+
+    With tied_embeddings=False the output layer is a copy of the word embedding.
+    """
+    config, params = load(GOLDEN / case / f"{name}.safetensors", dtype="float32")
+    config = dataclasses.replace(config, **changes)
+    if not config.tied_embeddings and params.output_embedding is None:
+        params = dataclasses.replace(params, output_embedding=params.word_embedding)
+    return config, params
+
+
+def official_arrays(config: GLMConfig, params: Params) -> dict[str, np.ndarray]:
+    """A model, or gradients of its shape, as arrays under official names."""
+    parts = take_apart(config, params)
+    return {
+        place.tensor: to_official(place.layout, place.spec.axes, parts[key].read())
+        for key, (place,) in find_places(config, family_of(config)).items()
+    }
 
 
 def load_case(case: str, **changes: Any) -> Case:
     """A case with its training batch; `changes` are applied to the configuration."""
-    config, params, prefix = load_model(case, **changes)
+    config, params = load_model(case, **changes)
     inputs = read_npz(case, "inputs")
     if case == "glm":
         mask = BlankMask.from_context(inputs["sep"], length=inputs["input_ids"].shape[1])
@@ -89,7 +97,7 @@ def load_case(case: str, **changes: Any) -> Case:
             inputs["input_ids"], inputs["position_ids"], mask,
             np.maximum(labels, 0), labels != -100,
         )  # fmt: skip
-    return Case(config, params, prefix, batch, read_npz(case, "outputs"))
+    return Case(config, params, batch, read_npz(case, "outputs"))
 
 
 def intervals(visible_BTS: np.ndarray) -> BlankMask:

@@ -7,11 +7,15 @@ import signal
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_run
+import tiny_vocabularies
 
+from glmjax import get_config, init, save
 from glmjax.cli import load_experiment, main
 from glmjax.config import Experiment, replace
+from glmjax.presets import GPT2_TOKENS
 
 
 @pytest.fixture(autouse=True)
@@ -152,6 +156,31 @@ def test_infill_from_one_checkpoint_of_a_run(capsys, run):
     newest = run_main(capsys, "infill", "--checkpoint", f"{run}/checkpoints/60", text)
     assert newest[0] == 0
     assert newest == run_main(capsys, "infill", "--checkpoint", run, text)
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory) -> Path:
+    """A model with the vocabulary of GPT-2, which lies in the folder `vocabulary` of it."""
+    folder = tmp_path_factory.mktemp("official")
+    config = get_config("glm-tiny", vocab_size=50304, special_tokens=GPT2_TOKENS)
+    save(folder, config, init(config, jax.random.key(0)))
+    tiny_vocabularies.write_byte_pairs(folder / "vocabulary", "gpt2")
+    return folder
+
+
+def test_infill_with_an_official_vocabulary(capsys, official, tmp_path):
+    flags = ("infill", "--checkpoint", official, "--max-new-tokens", 2, "hello [MASK].")
+    status, _, err = run_main(capsys, *flags)
+    assert status == 1
+    assert err == (
+        f"glmjax infill: {official} has no vocab.json or gpt2-vocab.json, the vocabulary of GLM 2B "
+        "and 10B; it comes from github.com/THUDM/GLM, folder .pytorch_pretrained_bert\n"
+    )
+    status, named, err = run_main(capsys, *flags, "--tokenizer", official / "vocabulary")
+    assert status == 0, err
+    assert named.startswith("hello")
+    tiny_vocabularies.write_byte_pairs(official, "gpt2")
+    assert run_main(capsys, *flags) == (0, named, "")
 
 
 @pytest.fixture

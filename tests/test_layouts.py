@@ -20,6 +20,7 @@ MESHES = {
     "glm-base": {"fsdp-16": MeshConfig(data=1, fsdp=16)},
     "glm-10b": {"fsdp-16-tensor-4": MeshConfig(data=1, fsdp=16, tensor=4)},
     "chatglm-6b": {"fsdp-4": MeshConfig(data=1, fsdp=4)},
+    "glm-4-9b": {"fsdp-4-tensor-2": MeshConfig(data=1, fsdp=4, tensor=2)},
     "glm-130b": {
         "fsdp-32-line-4": MeshConfig(data=1, fsdp=32, fsdp_line=4),
         "fsdp-128-tensor-8": MeshConfig(data=1, fsdp=128, tensor=8),
@@ -46,7 +47,7 @@ def listing(experiment: Experiment, config: MeshConfig) -> str:
 @pytest.mark.parametrize(("model", "mesh"), CASES, ids=["-".join(case) for case in CASES])
 def test_layouts_are_as_written(model, mesh):
     config = get_config(model)
-    rule = "1d" if config.positions == "rope_1d" else "2d"
+    rule = "1d" if config.positions in ("rope_1d", "rope_half") else "2d"
     experiment = Experiment(model=config, objective=ObjectiveConfig(positions=rule))
     found, file = listing(experiment, MESHES[model][mesh]), FOLDER / f"{model}-{mesh}.txt"
     if os.environ.get("GLMJAX_WRITE_LAYOUTS"):

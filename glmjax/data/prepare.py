@@ -18,11 +18,12 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from glmjax.config import DataConfig, ObjectiveConfig
+from glmjax.config import DataConfig, ObjectiveConfig, SpecialTokens
 from glmjax.data.blanks import text_length
 from glmjax.data.cache import digest, hash_rank, locked
 from glmjax.data.corpora import Record, Source, pair_source, text_sources
-from glmjax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from glmjax.data.tokenizers import load_tokenizer, train_tokenizer
+from glmjax.data.vocabularies import Tokenizer
 
 FORMAT = 1
 """Part of every name in the cache; goes up when the same sources give other tokens."""
@@ -56,13 +57,17 @@ class Corpora(NamedTuple):
         return digest(*(corpus.digest for corpus in self.texts), self.pairs and self.pairs.digest)
 
 
-def prepare(data: DataConfig, objective: ObjectiveConfig) -> Corpora:
+def prepare(
+    data: DataConfig, objective: ObjectiveConfig, special_tokens: SpecialTokens | None = None
+) -> Corpora:
     """Opens the corpora and the tokenizer of a run; what the cache lacks is made first.
+
+    Of an official vocabulary that serves several models, special_tokens say for which it is.
 
     Raises:
         FileNotFoundError: what data.path, data.multitask or data.tokenizer names is not there.
-        ValueError, ConnectionError: see `text_sources`, `read_documents` and `train_tokenizer`; also
-            if a source has too little text for a training and a held-out row.
+        ValueError, ConnectionError: see `text_sources`, `read_documents`, `load_tokenizer` and
+            `train_tokenizer`; also if a source has too little text for a training and a held-out row.
     """
     named = [*data.path, *data.multitask, *([data.tokenizer] if data.tokenizer else [])]
     absent = [path for path in named if not Path(path).expanduser().exists()]
@@ -76,7 +81,10 @@ def prepare(data: DataConfig, objective: ObjectiveConfig) -> Corpora:
     pairs = None
     with locked(cache):
         sources = text_sources(data)
-        tokenizer = _open_tokenizer(data, sources, cache)
+        if data.tokenizer is None:
+            tokenizer: Tokenizer = _train_tokenizer(data, sources, cache)
+        else:
+            tokenizer = load_tokenizer(data.tokenizer, special_tokens)
         opening = tokenizer.special_tokens.cls if objective.draw == "batch" else None
         rows = functools.partial(text_rows, tokenizer=tokenizer, length=length, opening=opening)
         features = {"tokens": token_feature(tokenizer, length)}
@@ -157,18 +165,16 @@ class TokenRows(tfds.core.GeneratorBasedBuilder):
         yield from enumerate(self._rows(split))
 
 
-def _open_tokenizer(data: DataConfig, sources: Sequence[Source], cache: Path) -> Tokenizer:
-    """The given tokenizer, or the one trained on the training documents of all sources."""
-    if data.tokenizer is not None:
-        return load_tokenizer(data.tokenizer)
+def _train_tokenizer(data: DataConfig, sources: Sequence[Source], cache: Path) -> Tokenizer:
+    """The tokenizer trained on the training documents of all sources."""
     name = digest(FORMAT, [source.digest for source in sources], data.vocab_size, data.heldout)
-    path = cache / "tokenizers" / f"{name}.model"
-    if not path.exists():
+    folder = cache / "tokenizers" / name
+    if not (folder / "tokenizer.model").exists():
         logger.info("training a vocabulary of %d tokens", data.vocab_size)
         records = (record for source in sources for record in source.read())
         documents = (record[0] for record in records if not is_heldout(record, data.heldout))
-        train_tokenizer(documents, data.vocab_size).save(path)
-    return load_tokenizer(path)
+        train_tokenizer(documents, data.vocab_size).save(folder)
+    return load_tokenizer(folder)
 
 
 def _open_corpus(

@@ -1,110 +1,65 @@
-"""SentencePiece vocabularies: training, loading, and text that holds blanks.
+"""Vocabularies: loading any of the family, training one's own."""
 
-Special tokens are control pieces: no text encodes to them, so a document that spells "[MASK]" cannot
-open a blank. Only `encode_prompt`, which reads what a user typed, turns the words into blanks.
-"""
-
-import hashlib
 import heapq
 import io
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 from glmjax.config import GLMConfig, SpecialTokens
-from glmjax.data.cache import hash_rank, write_whole
+from glmjax.data.cache import hash_rank
+from glmjax.data.vocabularies import SPELLED, Tokenizer, TrainedTokenizer, trained_tokenizer
+from glmjax.data.vocabulary_files import (
+    ORIGINS,
+    find_vocabulary,
+    read_byte_pairs,
+    read_sentencepiece,
+    read_word_pieces,
+)
 from glmjax.presets import TRAINED_TOKENS
 
 UNKNOWN = 1
-PIECES = {
-    "pad": "[PAD]", "eos": "<|endoftext|>", "cls": "[CLS]", "mask": "[MASK]", "smask": "[sMASK]",
-    "gmask": "[gMASK]", "sop": "<|startofpiece|>", "eop": "<|endofpiece|>", "dblock": "[dBLOCK]",
-}  # fmt: skip
-"""How special tokens are spelled, in order of their ids in a trained vocabulary."""
-SENTENCE_ENDS = frozenset(".?!;:\u3002\uff1f\uff01\uff1b\u2026\n")
 SAMPLE_SIZE = 4_000_000
 """Characters of text that a vocabulary is trained on."""
-# SentencePiece writes a space as U+2581 and cannot tell it from the character itself.
-SPACE_SIGN = "\u2581"
 
 
-@dataclass(frozen=True, eq=False)
-class Tokenizer:
-    """Text to token ids and back; `decode(encode(text)) == text` for a trained vocabulary."""
+def load_tokenizer(path: str | Path, special_tokens: SpecialTokens | None = None) -> Tokenizer:
+    """Reads a vocabulary of the family: its file, or the folder that holds it.
 
-    processor: SentencePieceProcessor
-    special_tokens: SpecialTokens
-    is_sentence_end: np.ndarray
-    """bool [V]: tokens whose text holds a mark that ends a sentence (THUDM/GLM, blocklm_utils.py)."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens (V), special tokens included."""
-        return self.processor.get_piece_size()
-
-    @property
-    def digest(self) -> str:
-        """A name for the vocabulary that changes with its content."""
-        return hashlib.sha256(self.processor.serialized_model_proto()).hexdigest()[:16]
-
-    def encode(self, text: str) -> list[int]:
-        """The token ids of a text. Special tokens spelled in it are ordinary text."""
-        first, *rest = self.processor.encode(text.split(SPACE_SIGN))
-        spelled = [self.processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE_SIGN.encode()]
-        return first + [id for ids in rest for id in spelled + ids]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of token ids. Special tokens and ids past the vocabulary have none."""
-        return self.processor.decode([int(id) for id in ids if id < self.vocab_size])
-
-    def encode_prompt(self, text: str) -> list[int]:
-        """The token ids of a text in which [MASK], [sMASK] and [gMASK] are blanks.
-
-        White space before a blank is dropped, as in THUDM/GLM (data_utils/tokenization.py).
-        """
-        masks = {
-            PIECES[name]: getattr(self.special_tokens, name) for name in ("mask", "smask", "gmask")
-        }
-        ids: list[int] = []
-        for part in re.split(r"\s*(\[[sg]?MASK\])", text):
-            ids += [masks[part]] if part in masks else self.encode(part)
-        return ids
-
-    def save(self, path: Path) -> None:
-        """Writes the SentencePiece model file, whole or not at all."""
-        write_whole(path, self.processor.serialized_model_proto())
-
-
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Reads a SentencePiece model file that `train_tokenizer` made.
+    Content tells what it is: tokenizer.model of glmjax, vocab.json beside merges.txt (GPT-2 or
+    RoBERTa), vocab.txt (BERT), cog-pretrain.model (GLM-Chinese) or ice_text.model. The last serves
+    three models with other ids in each; `special_tokens`, those of the model, say which one, or the
+    tokenizer_config.json of ChatGLM-6B beside it.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not a SentencePiece model, or its special tokens are not ours.
+        FileNotFoundError: a file is missing; says which, and where it comes from.
+        ValueError: it is none of these, or not the vocabulary of a model with special_tokens.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no tokenizer file {path}")
-    try:
-        processor = SentencePieceProcessor(model_proto=path.read_bytes())
-        size = processor.get_piece_size()
-    except RuntimeError:
-        raise ValueError(f"{path} is not a SentencePiece model") from None
-    for name, piece in PIECES.items():
-        id = getattr(TRAINED_TOKENS, name)
-        found = processor.id_to_piece(id) if id < size else "nothing"
-        if found != piece:
-            raise ValueError(
-                f"{path} was not trained by glmjax: token {id} is {found!r} instead of {piece!r}"
-            )
-    return _tokenizer(processor)
+    file = find_vocabulary(path, special_tokens) if path.is_dir() else path
+    if not file.is_file():
+        origins = [origin for origin in ORIGINS.values() if file.name in origin.files]
+        source = f"; it comes from {origins[0].source}" if origins else ""
+        raise FileNotFoundError(f"there is no tokenizer file {file}{source}")
+    if file.suffix == ".model":
+        tokenizer = read_sentencepiece(file, special_tokens)
+    elif file.suffix == ".json":
+        tokenizer = read_byte_pairs(file)
+    elif file.suffix == ".txt":
+        tokenizer = read_word_pieces(file)
+    else:
+        raise ValueError(f"{file} is no vocabulary: its name ends in none of .model, .json, .txt")
+    if special_tokens not in (None, tokenizer.special_tokens):
+        raise ValueError(
+            f"{file} is the vocabulary of {ORIGINS[tokenizer.special_tokens].models} with "
+            f"{tokenizer.special_tokens}, but the model has {special_tokens}"
+        )
+    return tokenizer
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(documents: Iterable[str], vocab_size: int) -> TrainedTokenizer:
     """A unigram vocabulary with byte fallback, the same for the same documents.
 
     Raises:
@@ -128,11 +83,13 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
             unk_id=UNKNOWN,
             eos_id=TRAINED_TOKENS.eos,
             bos_id=TRAINED_TOKENS.cls,
-            pad_piece=PIECES["pad"],
+            pad_piece=SPELLED["pad"],
             unk_piece="[UNK]",
-            eos_piece=PIECES["eos"],
-            bos_piece=PIECES["cls"],
-            control_symbols=[PIECES[name] for name in PIECES if name not in ("pad", "eos", "cls")],
+            eos_piece=SPELLED["eos"],
+            bos_piece=SPELLED["cls"],
+            control_symbols=[
+                SPELLED[name] for name in SPELLED if name not in ("pad", "eos", "cls")
+            ],
             user_defined_symbols=["\n"],
             # Every character survives: no Unicode normalisation, no trimming of white space.
             normalization_rule_name="identity",
@@ -145,7 +102,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
         )
     except RuntimeError as error:
         raise ValueError(_explain(str(error), vocab_size, sum(map(len, lines)))) from None
-    return _tokenizer(SentencePieceProcessor(model_proto=model.getvalue()))
+    return trained_tokenizer(SentencePieceProcessor(model_proto=model.getvalue()))
 
 
 def check_vocabulary(model: GLMConfig, tokenizer: Tokenizer) -> None:
@@ -159,12 +116,6 @@ def check_vocabulary(model: GLMConfig, tokenizer: Tokenizer) -> None:
             f"model.vocab_size = {model.vocab_size} is smaller than the tokenizer's vocabulary of "
             f"{tokenizer.vocab_size}"
         )
-
-
-def _tokenizer(processor: SentencePieceProcessor) -> Tokenizer:
-    texts = (processor.decode([id]) for id in range(processor.get_piece_size()))
-    ends = np.array([not SENTENCE_ENDS.isdisjoint(text) for text in texts])
-    return Tokenizer(processor, TRAINED_TOKENS, ends)
 
 
 def _sample(documents: Iterable[str], size: int) -> list[str]:

@@ -27,6 +27,7 @@ from glmjax.inference.prompts import (
 from glmjax.inference.sampling import Sampling, sample
 from glmjax.model.attention import KVCache
 from glmjax.model.params import Params
+from glmjax.model.prefix import start_cache
 from glmjax.model.transformer import decode_step, prefill
 from glmjax.sharding import constrain, num_parts
 
@@ -41,6 +42,7 @@ class _Batch(NamedTuple):
     positions_B2T: Any
     context_B: Any
     length_B: Any
+    opening_B: Any
     start_BM2: Any
     advance_BM: Any
     num_blanks_B: Any
@@ -53,8 +55,10 @@ class Decoding:
 
     cache: KVCache
     key_B: Any
+    opening_B: Any
+    """The token that opens each blank."""
     start_BM2: Any
-    """Position and block position of the <sop> of each blank."""
+    """Its position and block position."""
     advance_BM: Any
     """How far the position moves with every token."""
     num_blanks_B: Any
@@ -85,7 +89,8 @@ def generate(
     """The new token ids of each prompt: up to, and without, the <eop> or end of document.
 
     Prompts are lists of token ids in the official layout of the family (see
-    `glmjax.inference.prompts`), of any lengths, with a mask token and ending in <sop>.
+    `glmjax.inference.prompts`), of any lengths; all but those of ChatGLM2-6B and its successors have
+    a mask token and end in <sop>.
 
     Raises:
         ValueError: a prompt has another layout, or needs positions that the model does not have.
@@ -126,6 +131,7 @@ def begin(
         _stack([row.positions_2T for row in rows], B, 2, T),
         _stack([row.context for row in rows], B),
         _stack([len(row.ids) for row in rows], B),
+        _stack([row.opening for row in rows], B),
         _stack([row.start_M2 for row in rows], B, M, 2),
         _stack([row.advance_M for row in rows], B, M),
         _stack([len(row.advance_M) for row in rows], B),
@@ -140,8 +146,8 @@ def _start(
     config: GLMConfig, params: Params, batch: _Batch, limit: jax.Array, seed: jax.Array, E: int
 ) -> Decoding:
     (B, T), M = batch.tokens_BT.shape, batch.advance_BM.shape[1]
-    # A blank feeds its <sop> and up to E tokens; the last token of the last one is not fed.
-    cache = KVCache.empty(config, B, T + M * (E + 1) - 1)
+    # A blank feeds its opening and up to E tokens; the last token of the last one is not fed.
+    cache = start_cache(config, params, B, T + M * (E + 1) - 1)
     _, cache = prefill(
         config, params, cache,
         batch.tokens_BT, batch.positions_B2T, batch.context_B, batch.length_B,
@@ -151,9 +157,9 @@ def _start(
         key_B = jax.vmap(jax.random.fold_in)(key_B, stream_B)
     zeros_B = jnp.zeros(B, jnp.int32)
     return Decoding(
-        cache=cache, key_B=key_B, start_BM2=batch.start_BM2, advance_BM=batch.advance_BM,
-        num_blanks_B=batch.num_blanks_B, limit=limit,
-        token_B=jnp.full(B, special_tokens(config).sop, jnp.int32), position_B2=batch.start_BM2[:, 0],
+        cache=cache, key_B=key_B, opening_B=batch.opening_B, start_BM2=batch.start_BM2,
+        advance_BM=batch.advance_BM, num_blanks_B=batch.num_blanks_B, limit=limit,
+        token_B=batch.opening_B, position_B2=batch.start_BM2[:, 0],
         blank_B=zeros_B, count_B=zeros_B, ids_BME=jnp.full((B, M, E), -1, jnp.int32),
     )  # fmt: skip
 
@@ -210,7 +216,7 @@ def _step(config: GLMConfig, params: Params, state: Decoding, sampling: Sampling
     return replace(
         state,
         cache=replace(cache, length_B=jnp.where(active_B, cache.length_B, state.cache.length_B)),
-        token_B=jnp.where(ended_B, tokens.sop, new_B),
+        token_B=jnp.where(ended_B, state.opening_B, new_B),
         position_B2=jnp.where(ended_B[:, None], start_B2, state.position_B2 + move_B2),
         blank_B=blank_B,
         count_B=jnp.where(ended_B, 0, count_B),

@@ -2,7 +2,7 @@
 
 GLM keeps one cache: each piece is appended behind the pieces before it, as in training. GLM-130B
 learns one piece per text, so each piece is put in the place of its blank and the text is read again
-for the next one. ChatGLM-6B knows one blank.
+for the next one. ChatGLM-6B knows one blank, and its successors only continue a text.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from glmjax.inference.prompts import (
     Row,
     check_ids,
     check_positions,
+    continued,
     lay_out,
     random_streams,
     special_tokens,
@@ -66,7 +67,8 @@ def infill(
     layout are added here.
 
     Raises:
-        ValueError: a text needs positions that the model lacks, or has two blanks for ChatGLM-6B.
+        ValueError: a text needs positions that the model lacks, or has two blanks for ChatGLM-6B, or
+            one before its end for its successors.
     """
     opened = [_open(config, ids, f"text {i}") for i, ids in enumerate(texts)]
     streams = random_streams([text.ids for text in opened])
@@ -121,12 +123,17 @@ def _open(config: GLMConfig, ids: Sequence[int], name: str) -> Filled:
     blanks = [i for i, id in enumerate(ids) if id in tokens.masks]
     if config.positions == "rope_2d" and len(blanks) > 1:
         raise ValueError(f"{name} has {len(blanks)} blanks, but {config.name!r} fills one")
+    if config.positions == "rope_half" and blanks[0] < len(ids) - 1:
+        raise ValueError(f"{name} has a blank before its end, but {config.name!r} only continues")
     return Filled(ids, blanks, [])
 
 
 def _row(config: GLMConfig, ids: list[int], blanks: list[int]) -> Row:
     """The family's layout around a text, with the blanks that are to be filled."""
     tokens = special_tokens(config)
+    if config.positions == "rope_half":
+        opening = [id for id in (tokens.gmask, tokens.sop) if id is not None]
+        return continued([*opening, *ids[:-1]])
     if config.positions == "learned_2d" and tokens.cls is not None:
         ids, blanks = [tokens.cls, *ids], [blank + 1 for blank in blanks]
     unclosed = {"learned_2d": (tokens.gmask,), "rope_1d": tokens.masks, "rope_2d": (ids[-1],)}

@@ -9,6 +9,9 @@ other.
     ChatGLM-6B      the same, with one piece: everything from the first <sop> on
     GLM-130B        the same without block positions; a [gMASK] piece counts straight on instead
 
+ChatGLM2-6B and its successors only continue: any tokens are a prompt, in which none sees what
+follows, and positions count straight on. Their texts begin with [gMASK] <sop>.
+
 Sources: THUDM/GLM `generate_samples.py`, THUDM/GLM-130B `generate.py`, Hugging Face
 THUDM/chatglm-6b `modeling_chatglm.py`.
 """
@@ -23,14 +26,16 @@ from glmjax.config import GLMConfig, SpecialTokens
 
 
 class Row(NamedTuple):
-    """A prompt without the <sop> of its open blanks, and where each of these M blanks is."""
+    """A prompt without the token that opens each of its M open blanks, and where these are."""
 
     ids: list[int]
     positions_2T: np.ndarray
     context: int
     """Tokens at the beginning that see each other."""
+    opening: int
+    """The token that opens a blank: <sop>, or of a prompt that is merely continued the last one."""
     start_M2: np.ndarray
-    """Position and block position of the <sop> of each open blank."""
+    """Position and block position of that token, for each open blank."""
     advance_M: np.ndarray
     """How far the position moves with every token of the blank: 0, or 1 where it counts on."""
 
@@ -63,11 +68,16 @@ def prompt_row(config: GLMConfig, ids: Sequence[int], name: str) -> Row:
     """The row of a prompt whose last piece is to be continued.
 
     Raises:
-        ValueError: it has no <sop> at its end, not one mask token for each <sop>, or ids outside the
-            vocabulary; says so of `name`.
+        ValueError: it is empty, has no <sop> at its end, not one mask token for each <sop>, or ids
+            outside the vocabulary; says so of `name`.
     """
     tokens = special_tokens(config)
     ids = [int(id) for id in ids]
+    if config.positions == "rope_half":
+        if not ids:
+            raise ValueError(f"{name} is empty")
+        check_ids(config, ids, name)
+        return continued(ids)
     if not ids or ids[-1] != tokens.sop:
         end = f"ends in {ids[-1]}" if ids else "is empty"
         raise ValueError(f"{name} {end}, but must end in <sop> (id {tokens.sop})")
@@ -80,6 +90,16 @@ def prompt_row(config: GLMConfig, ids: Sequence[int], name: str) -> Row:
             f"(ids {tokens.masks}) before them"
         )
     return lay_out(config, ids, blanks, num_open=1)
+
+
+def continued(ids: Sequence[int]) -> Row:
+    """The row of a prompt of plain causal text."""
+    count = np.arange(len(ids))
+    positions_2T = np.stack([count, np.zeros_like(count)]).astype(np.int32)
+    return Row(
+        list(ids[:-1]), positions_2T[:, :-1], 0,
+        ids[-1], positions_2T[:, -1:].T, np.ones(1, np.int32),
+    )  # fmt: skip
 
 
 def lay_out(config: GLMConfig, ids: Sequence[int], blanks: Sequence[int], num_open: int) -> Row:
@@ -103,7 +123,7 @@ def lay_out(config: GLMConfig, ids: Sequence[int], blanks: Sequence[int], num_op
     fed = len(ids) - num_open
     return Row(
         list(ids[:fed]), positions_2T[:, :fed], context,
-        positions_2T[:, fed:].T, np.array(advance[-num_open:], np.int32),
+        tokens.sop, positions_2T[:, fed:].T, np.array(advance[-num_open:], np.int32),
     )  # fmt: skip
 
 

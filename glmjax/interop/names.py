@@ -2,19 +2,21 @@
 
 `{n}` in a name stands for the layer. Sources: THUDM/GLM `model/modeling_glm.py` and
 `mpu/transformer.py`, SwissArmyTransformer `sat/model/official/glm130B_model.py`, Hugging Face
-THUDM/chatglm-6b `modeling_chatglm.py`.
+THUDM/chatglm-6b and THUDM/chatglm2-6b `modeling_chatglm.py`, transformers `models/glm`.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from glmjax.config import GLMConfig
+
+Family = Literal["glm", "glm-130b", "chatglm-6b", "chatglm2-6b", "glm-4"]
 
 INPUT = "transformer.word_embeddings.weight"
 OUTPUT = "lm_head.weight"
 PREFIX = "transformer.prefix_encoder."
 SCALE = "_scale"
 # Rotary frequencies follow from the configuration; the official code ignores stored ones too.
-INV_FREQ = ".rotary_emb.inv_freq"
+INV_FREQ = "inv_freq"
 
 
 class Weight(NamedTuple):
@@ -22,10 +24,24 @@ class Weight(NamedTuple):
 
     parameter: str
     layout: str
+    entry: int | None = None
+    """The official array holds only this one of a parameter's keys (0) and values (1)."""
 
 
-def _layers(qkv: str, ffn: str) -> dict[str, Weight]:
-    """The blocks, which differ only in how rows of the two input projections are ordered."""
+Table = dict[str, tuple[Weight, ...]]
+"""Official name -> the parameters that it holds, one below the other in its rows."""
+
+
+def _table(prefix: str, rows: dict[str, Weight | tuple[Weight, ...]]) -> Table:
+    return {
+        prefix + name: (weights,) if isinstance(weights, Weight) else weights
+        for name, weights in rows.items()
+    }
+
+
+def _blocks(qkv: str, ffn: str) -> Table:
+    """The blocks of the three old families, which differ only in how rows of the two input
+    projections are ordered."""
     block = {
         "input_layernorm.weight": Weight("attention_norm.scale", "stream"),
         "input_layernorm.bias": Weight("attention_norm.bias", "stream"),
@@ -40,63 +56,141 @@ def _layers(qkv: str, ffn: str) -> dict[str, Weight]:
         "mlp.dense_4h_to_h.weight": Weight("ffn_out.kernel", "embed mlp"),
         "mlp.dense_4h_to_h.bias": Weight("ffn_out.bias", "stream"),
     }
-    return {
-        f"transformer.layers.{{n}}.{name}": Weight(f"blocks.{parameter}", layout)
-        for name, (parameter, layout) in block.items()
-    }
+    return _table(
+        "transformer.layers.{n}.",
+        {
+            name: weight._replace(parameter=f"blocks.{weight.parameter}")
+            for name, weight in block.items()
+        },
+    )
 
 
-_FINAL_NORM = {
-    "transformer.final_layernorm.weight": Weight("final_norm.scale", "stream"),
-    "transformer.final_layernorm.bias": Weight("final_norm.bias", "stream"),
-}
-
-GLM = {
-    "word_embeddings.weight": Weight("word_embedding", "vocab embed"),
-    "transformer.position_embeddings.weight": Weight("position_embedding", "position embed"),
-    "transformer.block_position_embeddings.weight": Weight(
-        "block_position_embedding", "position embed"
-    ),
-    **_layers(qkv="(qkv heads head)", ffn="mlp"),
-    **_FINAL_NORM,
-}
-GLM_130B = {
-    INPUT: Weight("word_embedding", "vocab embed"),
-    **_layers(qkv="(heads qkv head)", ffn="(gate mlp)"),
-    **_FINAL_NORM,
-}
-CHATGLM_6B = {
-    INPUT: Weight("word_embedding", "vocab embed"),
-    **_layers(qkv="(heads qkv head)", ffn="mlp"),
-    **_FINAL_NORM,
-    OUTPUT: Weight("output_embedding", "vocab embed"),
-}
+_FINAL_NORM = _table(
+    "transformer.final_layernorm.",
+    {"weight": Weight("final_norm.scale", "stream"), "bias": Weight("final_norm.bias", "stream")},
+)
+_WORDS = Weight("word_embedding", "vocab embed")
+_OUTPUT = Weight("output_embedding", "vocab embed")
 # P-tuning v2 of ChatGLM-6B; the last four exist only with prefix_projection.
-PREFIX_ENCODER = {
-    f"{PREFIX}embedding.weight": Weight("embedding", "position embed"),
-    f"{PREFIX}trans.0.weight": Weight("hidden.kernel", "embed stream"),
-    f"{PREFIX}trans.0.bias": Weight("hidden.bias", "stream"),
-    f"{PREFIX}trans.2.weight": Weight("out.kernel", "stream embed"),
-    f"{PREFIX}trans.2.bias": Weight("out.bias", "stream"),
+_PREFIX_ENCODER = _table(
+    PREFIX,
+    {
+        "embedding.weight": Weight("prefix.embedding", "position embed"),
+        "trans.0.weight": Weight("prefix.hidden.kernel", "embed stream"),
+        "trans.0.bias": Weight("prefix.hidden.bias", "stream"),
+        "trans.2.weight": Weight("prefix.out.kernel", "stream embed"),
+        "trans.2.bias": Weight("prefix.out.bias", "stream"),
+    },
+)
+
+_HEADS, _KV_HEADS = "(heads head)", "(qkv heads head)"
+
+_TABLES: dict[Family, Table] = {
+    "glm": {
+        "word_embeddings.weight": (_WORDS,),
+        **_table(
+            "transformer.",
+            {
+                "position_embeddings.weight": Weight("position_embedding", "position embed"),
+                "block_position_embeddings.weight": Weight(
+                    "block_position_embedding", "position embed"
+                ),
+            },
+        ),
+        **_blocks(qkv="(qkv heads head)", ffn="mlp"),
+        **_FINAL_NORM,
+    },
+    "glm-130b": {
+        INPUT: (_WORDS,),
+        **_blocks(qkv="(heads qkv head)", ffn="(gate mlp)"),
+        **_FINAL_NORM,
+    },
+    "chatglm-6b": {
+        INPUT: (_WORDS,),
+        **_PREFIX_ENCODER,
+        **_blocks(qkv="(heads qkv head)", ffn="mlp"),
+        **_FINAL_NORM,
+        OUTPUT: (_OUTPUT,),
+    },
+    "chatglm2-6b": {
+        "transformer.embedding.word_embeddings.weight": (_WORDS,),
+        **_table(
+            "transformer.encoder.layers.{n}.",
+            {
+                "input_layernorm.weight": Weight("blocks.attention_norm.scale", "stream"),
+                "self_attention.query_key_value.weight": (
+                    Weight("blocks.q.kernel", f"{_HEADS} embed"),
+                    Weight("blocks.kv.kernel", f"{_KV_HEADS} embed"),
+                ),
+                "self_attention.query_key_value.bias": (
+                    Weight("blocks.q.bias", _HEADS),
+                    Weight("blocks.kv.bias", _KV_HEADS),
+                ),
+                "self_attention.dense.weight": Weight(
+                    "blocks.attention_out.kernel", "embed (heads head)"
+                ),
+                "post_attention_layernorm.weight": Weight("blocks.ffn_norm.scale", "stream"),
+                "mlp.dense_h_to_4h.weight": Weight("blocks.ffn_in.kernel", "(gate mlp) embed"),
+                "mlp.dense_4h_to_h.weight": Weight("blocks.ffn_out.kernel", "embed mlp"),
+            },
+        ),
+        "transformer.encoder.final_layernorm.weight": (Weight("final_norm.scale", "stream"),),
+        "transformer.output_layer.weight": (_OUTPUT,),
+    },
+    "glm-4": {
+        "model.embed_tokens.weight": (_WORDS,),
+        **_table(
+            "model.layers.{n}.",
+            {
+                "input_layernorm.weight": Weight("blocks.attention_norm.scale", "stream"),
+                "self_attn.q_proj.weight": Weight("blocks.q.kernel", f"{_HEADS} embed"),
+                "self_attn.q_proj.bias": Weight("blocks.q.bias", _HEADS),
+                "self_attn.k_proj.weight": Weight("blocks.kv.kernel", f"{_HEADS} embed", 0),
+                "self_attn.k_proj.bias": Weight("blocks.kv.bias", _HEADS, 0),
+                "self_attn.v_proj.weight": Weight("blocks.kv.kernel", f"{_HEADS} embed", 1),
+                "self_attn.v_proj.bias": Weight("blocks.kv.bias", _HEADS, 1),
+                "self_attn.o_proj.weight": Weight(
+                    "blocks.attention_out.kernel", "embed (heads head)"
+                ),
+                "post_attention_layernorm.weight": Weight("blocks.ffn_norm.scale", "stream"),
+                "mlp.gate_up_proj.weight": Weight("blocks.ffn_in.kernel", "(gate mlp) embed"),
+                "mlp.down_proj.weight": Weight("blocks.ffn_out.kernel", "embed mlp"),
+            },
+        ),
+        "model.norm.weight": (Weight("final_norm.scale", "stream"),),
+        OUTPUT: (_OUTPUT,),
+    },
 }
 
-_FAMILIES = {
-    ("learned_2d", "pre", "gelu"): GLM,
-    ("rope_1d", "deepnorm", "geglu"): GLM_130B,
-    ("rope_2d", "deepnorm", "gelu"): CHATGLM_6B,
+_FAMILIES: dict[tuple[str, str, str], Family] = {
+    ("learned_2d", "pre", "gelu"): "glm",
+    ("rope_1d", "deepnorm", "geglu"): "glm-130b",
+    ("rope_2d", "deepnorm", "gelu"): "chatglm-6b",
+    ("rope_half", "rmsnorm", "swiglu"): "glm-4",
 }
 
 
-def family(config: GLMConfig) -> dict[str, Weight]:
-    """The table of the family that a model belongs to.
+def table(family: Family) -> Table:
+    """The table of a family."""
+    return _TABLES[family]
+
+
+def name_of(family: Family, parameter: str) -> str | None:
+    """The official name of a parameter that has a tensor to itself; None where there is none."""
+    weights = ((name, weight.parameter) for name, (weight, *_) in _TABLES[family].items())
+    return next((name for name, own in weights if own == parameter), None)
+
+
+def family_of(config: GLMConfig) -> Family:
+    """The family in whose names a model is written.
 
     Raises:
         ValueError: no official model has this combination of positions, norm, ffn and tying.
     """
-    table = _FAMILIES.get((config.positions, config.norm, config.ffn))
-    if table is None or not (config.tied_embeddings or OUTPUT in table):
+    family = _FAMILIES.get((config.positions, config.norm, config.ffn))
+    if family is None or not (config.tied_embeddings or name_of(family, "output_embedding")):
         raise ValueError(
             f"no official format holds a model with positions = {config.positions!r}, norm = "
             f"{config.norm!r}, ffn = {config.ffn!r}, tied_embeddings = {config.tied_embeddings}"
         )
-    return table
+    return family

@@ -1,221 +1,203 @@
-"""Models of the official repositories as (configuration, parameters), both ways.
+"""Models of the official repositories in parts, both ways.
 
-On one side numpy arrays in official names and layouts, on the other a `Params` tree; the tables in
-names.py are all that lies between. Everything wrong with a checkpoint is reported at once.
+On one side tensors in official names and layouts, on the other the parts of a `Params` tree; the
+tables in names.py are all that lies between. Everything wrong with a checkpoint is reported at once.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
-from glmjax.config import GLMConfig, replace
+from glmjax.config import GLMConfig
 from glmjax.interop import layout
-from glmjax.interop.names import (
-    INPUT,
-    INV_FREQ,
-    OUTPUT,
-    PREFIX,
-    PREFIX_ENCODER,
-    SCALE,
-    Weight,
-    family,
-)
-from glmjax.interop.official_config import read_config
-from glmjax.interop.quantization import dequantize, unpack_int4
-from glmjax.model.params import Params, ParamSpec, leaf_name, specs
-from glmjax.model.prefix import PrefixEncoder, prefix_specs
-from glmjax.sharding import named_sharding
+from glmjax.interop.names import INV_FREQ, Family, name_of
+from glmjax.interop.official_config import Tensor, Tensors, read_config
+from glmjax.interop.places import Place, Places, find_places, tensor_shapes
+from glmjax.interop.tensors import Stored, is_finite
+from glmjax.model.parts import Key, Part, part_specs
 
-Tree = TypeVar("Tree")
-Tensors = Mapping[str, np.ndarray]
+FLOATS = ("float16", "bfloat16", "float32")
+_ROWS = 8192
+"""Rows of two embeddings that are compared at a time."""
 
 
-def load_official(path: str | Path) -> tuple[GLMConfig, Params]:
-    """The model in a folder with config.json and model.safetensors.
+def find_model(
+    fields: Mapping[str, object] | None, ranks: Sequence[Tensors], source: Path
+) -> tuple[Family, GLMConfig]:
+    """Family and configuration of the tensors of all ranks, see `read_config`.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: the configuration is not of a known family, or tensors do not fit it.
+        ValueError: it is no model of these families.
     """
-    from safetensors.numpy import load_file
-
-    config = read_config(path)
-    weights = Path(path) / "model.safetensors"
-    if not weights.is_file():
-        raise FileNotFoundError(f"{path} has no model.safetensors")
-    tensors = load_file(weights)
-    config = replace(config, tied_embeddings=not _has_own_output(config, tensors))
-    return config, from_official(config, tensors)
+    family, config = read_config(fields, ranks[0], len(ranks), source)
+    return family, replace(config, tied_embeddings=_is_tied(family, ranks))
 
 
-def from_official(config: GLMConfig, tensors: Tensors) -> Params:
-    """Parameters in float32 from official tensors of any float type, int8 or int4.
+def read_parts(
+    config: GLMConfig, family: Family, ranks: Sequence[Tensors], source: object = "the checkpoint"
+) -> dict[Key, Part]:
+    """The parts of a model, to be read from the tensors of all ranks, with their types.
 
-    They are placed on the ambient mesh where one is set (`jax.set_mesh`).
+    `source` names the checkpoint in errors.
 
     Raises:
-        ValueError: lists every missing, unexpected and wrongly shaped tensor.
+        ValueError: lists every missing, unexpected, wrongly shaped and wrongly typed tensor; or,
+            when a part is read, it holds NaN or infinity.
     """
-    if config.tied_embeddings:
-        if _has_own_output(config, tensors):
-            raise ValueError(f"{OUTPUT} differs from {INPUT}, but tied_embeddings is True")
-        tensors = {name: array for name, array in tensors.items() if name != OUTPUT}
-    return _read(family(config), specs(config), tensors)
+    _raise_problems(find_problems(config, family, ranks), source)
+    return _parts(config, find_places(config, family, len(ranks)), ranks)
 
 
-def to_official(config: GLMConfig, params: Params) -> dict[str, np.ndarray]:
-    """Official tensors of a model in float32; the inverse of `from_official`.
+def read_prefix(config: GLMConfig, tensors: Tensors, source: object) -> dict[Key, Part]:
+    """The parts of the P-tuning v2 prefix of a model, from ChatGLM-6B's names for them.
 
     Raises:
-        ValueError: no official format holds such a model.
+        ValueError: lists every missing, unexpected, wrongly shaped and wrongly typed tensor.
     """
-    table = family(config)
-    tensors = _write(table, specs(config), params)
-    if config.tied_embeddings and OUTPUT in table:
-        tensors[OUTPUT] = tensors[INPUT]
-    return tensors
+    places = {
+        key: found
+        for key, found in find_places(config, "chatglm-6b").items()
+        if key[0].startswith("prefix.")
+    }
+    _raise_problems(_compare(places, [tensors]), source)
+    return _parts(config, places, [tensors])
 
 
-def prefix_from_official(config: GLMConfig, tensors: Tensors) -> PrefixEncoder:
-    """The P-tuning v2 prefix among official tensors; those of the model itself are passed over.
+def part_writers(
+    config: GLMConfig, family: Family, ranks: Sequence[Mapping[str, Stored]]
+) -> dict[Key, Callable[[np.ndarray], None]]:
+    """Functions that put the parts of a model into the tensors of all ranks.
 
-    Raises:
-        ValueError: there is none, or its tensors do not fit the model.
+    A tied output layer that the format stores beside the word embedding is written with it.
     """
-    tensors = {name: array for name, array in tensors.items() if name.startswith(PREFIX)}
-    embedding = tensors.get(f"{PREFIX}embedding.weight")
-    if embedding is None:
-        raise ValueError(f"no tensor is called {PREFIX}embedding.weight")
-    shapes = prefix_specs(config, len(embedding), projection=len(tensors) > 1)
-    return _read(PREFIX_ENCODER, shapes, tensors)
+    places = find_places(config, family, len(ranks))
+    output = name_of(family, "output_embedding")
+    if config.tied_embeddings and output is not None and output in ranks[0]:
+        key: Key = ("word_embedding", None)
+        places[key] = [*places[key], replace(places[key][0], tensor=output)]
+    return {key: partial(_write, found, ranks) for key, found in places.items()}
 
 
-def prefix_to_official(config: GLMConfig, params: PrefixEncoder) -> dict[str, np.ndarray]:
-    """Official tensors of a P-tuning v2 prefix; the inverse of `prefix_from_official`."""
-    shapes = prefix_specs(config, len(params.embedding), params.hidden is not None)
-    return _write(PREFIX_ENCODER, shapes, params)
+def find_problems(config: GLMConfig, family: Family, ranks: Sequence[Tensors]) -> list[str]:
+    """Every way in which the tensors of the ranks are not those of the model, a line each."""
+    copy = name_of(family, "output_embedding") if config.tied_embeddings else None
+    return _compare(find_places(config, family, len(ranks)), ranks, copy)
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The official tensors of one parameter: a single one, or one for each layer."""
-
-    parameter: str
-    spec: ParamSpec
-    names: list[str]
-    layout: str
-    stacked: bool
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return self.spec.axes[self.stacked :]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.spec.shape[self.stacked :]
-
-    @property
-    def official_shape(self) -> tuple[int, ...]:
-        return layout.official_shape(self.layout, self.axes, self.shape)
-
-
-def _sources(table: Mapping[str, Weight], shapes: Tree) -> Tree:
-    """The tree of specs with a `_Source` at every leaf."""
-    rows = {weight.parameter: (name, weight.layout) for name, weight in table.items()}
-
-    def source(path: tuple[Any, ...], spec: ParamSpec) -> _Source:
-        parameter = leaf_name(path)
-        name, layout = rows[parameter]
-        stacked = "{n}" in name
-        names = [name.format(n=n) for n in range(spec.shape[0])] if stacked else [name]
-        return _Source(parameter, spec, names, layout, stacked)
-
-    return jax.tree_util.tree_map_with_path(source, shapes)
-
-
-def _read(table: Mapping[str, Weight], shapes: Any, tensors: Tensors) -> Any:
-    sources = _sources(table, shapes)
-    _check(
-        {
-            name: source.official_shape
-            for source in jax.tree.leaves(sources)
-            for name in source.names
-        },
-        tensors,
-    )
-    mesh = jax.sharding.get_mesh()
-
-    def read(source: _Source) -> jax.Array:
-        layers = [
-            layout.from_official(
-                source.layout, source.axes, source.shape,
-                _dense(name, tensors, source.official_shape),
-            )
-            for name in source.names
-        ]  # fmt: skip
-        array = (
-            np.stack(layers, dtype=np.float32)
-            if source.stacked
-            else np.array(layers[0], np.float32)
-        )
-        spec = source.spec
-        return jax.device_put(
-            array,
-            None if mesh.empty else named_sharding(mesh, spec.axes, spec.shape, source.parameter),
-        )
-
-    return jax.tree.map(read, sources)
-
-
-def _write(table: Mapping[str, Weight], shapes: Tree, params: Tree) -> dict[str, np.ndarray]:
-    tensors = {}
-    for source, array in zip(
-        jax.tree.leaves(_sources(table, shapes)), jax.tree.leaves(params), strict=True
-    ):
-        layers = np.asarray(array) if source.stacked else np.asarray(array)[None]
-        for name, layer in zip(source.names, layers, strict=True):
-            tensors[name] = layout.to_official(source.layout, source.axes, layer)
-    return tensors
-
-
-def _has_own_output(config: GLMConfig, tensors: Tensors) -> bool:
-    """Whether the output layer is stored and is not the word embedding."""
-    if OUTPUT not in family(config) or not {INPUT, OUTPUT} <= tensors.keys():
-        return False
-    return not np.array_equal(tensors[INPUT], tensors[OUTPUT])
-
-
-def _check(expected: Mapping[str, tuple[int, ...]], tensors: Tensors) -> None:
-    """Compares names and shapes; matrices may be int8 or packed int4, with a scale per row."""
-    allowed = {name: [shape] for name, shape in expected.items()}
-    for name, shape in expected.items():
-        if name in tensors and tensors[name].dtype == np.int8:
-            allowed[name].append((*shape[:-1], shape[-1] // 2))
-            allowed[name + SCALE] = [shape[:1]]
+def _compare(places: Places, ranks: Sequence[Tensors], copy: str | None = None) -> list[str]:
+    """Problems of tensors that should be at these places; one may be there as a `copy` of another."""
+    shapes = tensor_shapes(places)
+    integers = {
+        place.tensor for found in places.values() for place in found if place.spec.dtype == "int8"
+    }
     problems = []
-    for name, shapes in allowed.items():
-        if name not in tensors:
-            problems.append(f"missing: {name} {list(shapes[0])}")
-        elif tensors[name].shape not in shapes:
-            found = list(tensors[name].shape)
-            problems.append(f"wrong shape: {name} {found}, expected {list(shapes[0])}")
-    problems += [
-        f"unexpected: {name} {list(tensors[name].shape)}"
-        for name in tensors
-        if name not in allowed and not name.endswith(INV_FREQ)
-    ]
+    for number, tensors in enumerate(ranks):
+        rank = f"rank {number}: " if len(ranks) > 1 else ""
+        for name, shape in shapes.items():
+            if name not in tensors:
+                problems.append(f"{rank}missing: {name} {list(shape)}")
+                continue
+            found, dtype = list(tensors[name].shape), tensors[name].dtype.name
+            types = ("int8",) if name in integers else FLOATS
+            if found != list(shape):
+                problems.append(f"{rank}wrong shape: {name} {found}, expected {list(shape)}")
+            if dtype not in types:
+                problems.append(f"{rank}wrong type: {name} {dtype}, expected {' or '.join(types)}")
+        problems += [rank + problem for problem in _mixed_types(places, tensors)]
+        problems += [
+            f"{rank}unexpected: {name} {list(tensors[name].shape)}"
+            for name in tensors
+            if not (name in shapes or name == copy or name.endswith(INV_FREQ))
+        ]
+    return problems
+
+
+def _mixed_types(places: Places, tensors: Tensors) -> Iterator[str]:
+    """Layers that have other types than the first one, with which they are stacked."""
+    for (name, layer), found in places.items():
+        first = places[name, layer and 0][0].tensor
+        for place in found:
+            if {first, place.tensor} <= tensors.keys():
+                dtype, expected = tensors[place.tensor].dtype.name, tensors[first].dtype.name
+                if dtype != expected:
+                    yield f"wrong type: {place.tensor} {dtype}, but {expected} in layer 0"
+
+
+def _raise_problems(problems: Sequence[str], source: object) -> None:
     if problems:
-        raise ValueError("the tensors do not fit the model:\n  " + "\n  ".join(problems))
+        lines = "\n  ".join(problems)
+        raise ValueError(f"the tensors of {source} do not fit its configuration:\n  {lines}")
 
 
-def _dense(name: str, tensors: Tensors, shape: tuple[int, ...]) -> np.ndarray:
-    """The tensor of that name, dequantised to float32 if it is stored as integers."""
-    array = tensors[name]
-    if array.dtype != np.int8:
-        return array
-    values = array if array.shape == shape else unpack_int4(array)
-    return dequantize(values, tensors[name + SCALE], np.float32)
+def _parts(config: GLMConfig, places: Places, ranks: Sequence[Tensors]) -> dict[Key, Part]:
+    specs = part_specs(config)
+
+    def part(key: Key) -> Part:
+        shape, dtype = specs[key].shape, ranks[0][places[key][0].tensor].dtype
+        return Part(shape, dtype, partial(_read, shape, dtype, places[key], ranks))
+
+    return {key: part(key) for key in places}
+
+
+def _is_tied(family: Family, ranks: Sequence[Tensors]) -> bool:
+    """Whether the output layer is not stored, or is the word embedding."""
+    words, output = (name_of(family, name) for name in ("word_embedding", "output_embedding"))
+    if words is None or output is None or output not in ranks[0]:
+        return True
+    return all(
+        words in tensors and output in tensors and _equal(tensors[words], tensors[output])
+        for tensors in ranks
+    )
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two matrices are the same, a block of rows at a time."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not (isinstance(a, Stored) and isinstance(b, Stored)):
+        return np.array_equal(a.read(), b.read())
+
+    def block(stored: Stored, first: int) -> np.ndarray:
+        rows, *columns = stored.shape
+        offset = stored.offset + first * stored.nbytes // rows
+        shape = (min(_ROWS, rows - first), *columns)
+        return replace(stored, offset=offset, shape=shape).read()
+
+    return all(
+        np.array_equal(block(a, first), block(b, first)) for first in range(0, a.shape[0], _ROWS)
+    )
+
+
+def _read(
+    shape: tuple[int, ...], dtype: np.dtype, places: Sequence[Place], ranks: Sequence[Tensors]
+) -> np.ndarray:
+    """A part from the shares of all ranks; where one tensor holds it whole, a view of that."""
+    if len(places) == 1 and (len(ranks) == 1 or places[0].split is None):
+        return _read_share(places[0], ranks[0])
+    array = np.empty(shape, dtype)
+    for place in places:
+        for rank, tensors in enumerate(ranks if place.split is not None else ranks[:1]):
+            target = array[place.entry][place.share(rank)]
+            layout.copy_into(target, _read_share(place, tensors))
+    return array
+
+
+def _read_share(place: Place, tensors: Tensors) -> np.ndarray:
+    tensor = tensors[place.tensor]
+    rows = tensor.read()[place.first_row :][: place.shape[0]]
+    if not is_finite(rows):
+        where = f" in {tensor.file}" if isinstance(tensor, Stored) else ""
+        raise ValueError(f"{place.tensor}{where} holds NaN or infinity")
+    return layout.from_official(place.layout, place.spec.axes, place.spec.shape, rows)
+
+
+def _write(
+    places: Sequence[Place], ranks: Sequence[Mapping[str, Stored]], array: np.ndarray
+) -> None:
+    for place in places:
+        for rank, tensors in enumerate(ranks):
+            share = array[place.entry][place.share(rank)]
+            tensors[place.tensor].write(layout.to_official(place.layout, place.spec.axes, share))

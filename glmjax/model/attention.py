@@ -38,12 +38,23 @@ class BlankMask:
         """The same queries, which start at key 0, behind length_B cached keys, which all see."""
         return BlankMask(self.k_start_BT, self.k_end_BT + length_B[:, None])
 
+    def behind(self, length: int) -> "BlankMask":
+        """The same queries behind `length` keys in front of every row, which those that see key 0
+        see too."""
+        first_BT = jnp.where(self.k_start_BT > 0, self.k_start_BT + length, 0)
+        return BlankMask(first_BT, self.k_end_BT + length)
+
+    def repeat(self, times: int) -> "BlankMask":
+        """Every query so many times in a row."""
+        return BlankMask(*(jnp.repeat(x, times, 1) for x in (self.k_start_BT, self.k_end_BT)))
+
 
 @struct.dataclass
 class KVCache:
     """Keys and values of all layers for S slots, of which the first length_B are filled.
 
-    An int8 cache has a float32 scale for every token and head, by which its numbers are multiplied.
+    H counts the heads of keys. An int8 cache has a float32 scale for every token and head, by which
+    its numbers are multiplied.
     """
 
     k_NBHSK: Any
@@ -59,7 +70,7 @@ class KVCache:
         More than 128 slots are rounded up to a multiple of 128, of which TPU memory is made.
         """
         size = -(-size // 128) * 128 if size > 128 else size
-        shape = (config.num_layers, batch, config.num_heads, size, config.head_size)
+        shape = (config.num_layers, batch, config.kv_heads, size, config.head_size)
         dtype = config.cache_dtype or config.dtype
         # Arrays of their own, so that both can be donated.
         k_NBHSK, v_NBHSK = (jnp.zeros(shape, dtype) for _ in range(2))
@@ -72,19 +83,52 @@ class KVCache:
 def attend(
     config: GLMConfig,
     q_BTHK: jax.Array,
-    k_BSHK: jax.Array,
-    v_BSHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
     mask: BlankMask,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Blank attention by the implementation that the configuration names, [B, T, H, K]."""
-    q_BTHK, k_BSHK, v_BSHK = (
-        constrain(x, "batch", "length", "heads", "head") for x in (q_BTHK, k_BSHK, v_BSHK)
+    """Blank attention by the implementation that the configuration names, [B, T, H, K].
+
+    The R = H / G heads that share a key head become R queries of that head, one behind the other.
+    """
+    length, shared = q_BTHK.shape[1], config.num_heads // config.kv_heads
+    q_BTGK, k_BSGK, v_BSGK = (
+        constrain(x, "batch", "length", "heads", "head")
+        for x in (_heads_as_queries(q_BTHK, shared), k_BSGK, v_BSGK)
     )
-    return blank_attention.attend(
-        q_BTHK, k_BSHK, v_BSHK, mask.k_start_BT, mask.k_end_BT,
+    mask = mask.repeat(shared)
+    out_BTGK = blank_attention.attend(
+        q_BTGK, k_BSGK, v_BSGK, mask.k_start_BT, mask.k_end_BT,
         dropout_key, config.attention_dropout, implementation=config.attention,
     )  # fmt: skip
+    return _queries_as_heads(out_BTGK, length)
+
+
+def prepend(
+    prefix_2PGK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Keys and values with those of a prefix in front, the same in every row."""
+    k_BTGK, v_BTGK = (
+        jnp.concatenate([jnp.broadcast_to(prefix_PGK, (len(x), *prefix_PGK.shape)), x], axis=1)
+        for prefix_PGK, x in zip(prefix_2PGK, (k_BTGK, v_BTGK), strict=True)
+    )
+    return k_BTGK, v_BTGK
+
+
+def _heads_as_queries(x_BTHK: jax.Array, shared: int) -> jax.Array:
+    """[B, T, G R, K] to [B, T R, G, K]."""
+    if shared == 1:
+        return x_BTHK
+    B, T, H, K = x_BTHK.shape
+    x_BTGRK = x_BTHK.reshape(B, T, H // shared, shared, K)
+    return jnp.swapaxes(x_BTGRK, 2, 3).reshape(B, T * shared, H // shared, K)
+
+
+def _queries_as_heads(x_BTGK: jax.Array, length: int) -> jax.Array:
+    """[B, T R, G, K] back to [B, T, G R, K], where T is the length."""
+    B, _, G, K = x_BTGK.shape
+    return jnp.swapaxes(x_BTGK.reshape(B, length, -1, G, K), 2, 3).reshape(B, length, -1, K)
 
 
 def write(
@@ -111,17 +155,20 @@ def attend_cache(
     config: GLMConfig, cache: KVCache, mask: BlankMask
 ) -> Callable[[KVCache, jax.Array, jax.Array], jax.Array]:
     """A function of (cache, layer, q_BTHK): attention of new queries over a layer of a cache."""
-    bounds = mask.k_start_BT, mask.k_end_BT
-    if mask.k_start_BT.shape[1] > cached.QUERIES:
+    length, shared = mask.k_start_BT.shape[1], config.num_heads // config.kv_heads
+    if length > cached.TOKENS:
         return partial(_attend_layer, config, mask)
+    repeated = mask.repeat(shared)
+    bounds = repeated.k_start_BT, repeated.k_end_BT
     size, dtype = cache.k_NBHSK.shape[3], cache.k_NBHSK.dtype
     attend_few = cached.attend_few(*bounds, size, dtype, config.attention)
 
     def attend(cache: KVCache, layer: Any, q_BTHK: jax.Array) -> jax.Array:
-        return attend_few(
-            q_BTHK, cache.k_NBHSK, cache.v_NBHSK, layer, *bounds,
+        out_BTGK = attend_few(
+            _heads_as_queries(q_BTHK, shared), cache.k_NBHSK, cache.v_NBHSK, layer, *bounds,
             cache.k_scale_NBHS, cache.v_scale_NBHS,
         )  # fmt: skip
+        return _queries_as_heads(out_BTGK, length)
 
     return attend
 

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from glmjax.config import GLMConfig
-from glmjax.model.params import LayerNorm, Linear
+from glmjax.model.params import LayerNorm, Linear, Quantized
 from glmjax.sharding import constrain, gather, row_major, sum_over_batch
+
+
+def norm(config: GLMConfig, params: LayerNorm, x_BTD: jax.Array) -> jax.Array:
+    """The norm of a model."""
+    function = rms_norm if config.norm == "rmsnorm" else layer_norm
+    return function(params, x_BTD, config.layer_norm_epsilon)
 
 
 def layer_norm(params: LayerNorm, x_BTD: jax.Array, epsilon: float) -> jax.Array:
@@ -20,9 +26,21 @@ def layer_norm(params: LayerNorm, x_BTD: jax.Array, epsilon: float) -> jax.Array
     return (normal * params.scale + params.bias).astype(x_BTD.dtype)
 
 
+def rms_norm(params: LayerNorm, x_BTD: jax.Array, epsilon: float) -> jax.Array:
+    """RMSNorm (Zhang and Sennrich 2019) with float32 statistics, in the type of x."""
+    x = x_BTD.astype(jnp.float32)
+    normal = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + epsilon)
+    return (normal * params.scale).astype(x_BTD.dtype)
+
+
 def linear(equation: str, params: Linear, x: jax.Array) -> jax.Array:
-    """einsum(equation, x, kernel) + bias, in the type of x. Letters are the dimensions of `AXES`."""
+    """einsum(equation, x, kernel) + bias, in the type of x. Letters are the dimensions of `AXES`.
+
+    A quantised kernel is constant: it has no gradient.
+    """
     y = _product(equation, x, params.kernel)
+    if params.bias is None:
+        return y
     batched = [i for i, letter in enumerate(equation.split("->")[1]) if letter in "bt"]
     return y + jnp.expand_dims(params.bias.astype(x.dtype), batched)
 
@@ -35,7 +53,7 @@ AXES = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def _product(equation: str, x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
     """einsum over a kernel that is gathered for it, and for the backward pass once more; the
     kernel's gradient is summed over devices straight into their parts of it.
 
@@ -43,8 +61,8 @@ def _product(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     would compute a GELU or half a layer norm again for every tile.
     """
     x = jax.lax.optimization_barrier(x)
-    _, kernel_letters, y_letters = equation.replace("->", ",").split(",")
-    return _pin(y_letters, jnp.einsum(equation, x, _whole(kernel, kernel_letters, x.dtype)))
+    y_letters = equation.split("->")[1]
+    return _pin(y_letters, jnp.einsum(equation, x, _whole(equation, kernel, x)))
 
 
 def _product_forward(equation, x, kernel):
@@ -55,8 +73,10 @@ def _product_backward(equation, residuals, dy):
     x, kernel = residuals
     x, dy = jax.lax.optimization_barrier((x, dy))
     x_letters, kernel_letters, y_letters = equation.replace("->", ",").split(",")
-    whole = _whole(kernel, kernel_letters, x.dtype)
+    whole = _whole(equation, kernel, x)
     dx = _pin(x_letters, jnp.einsum(f"{y_letters},{kernel_letters}->{x_letters}", dy, whole))
+    if isinstance(kernel, Quantized):
+        return jax.lax.optimization_barrier(dx), None
     # The axis that is split comes first: the last one would be summed whole on every device.
     first = "d" + kernel_letters.replace("d", "")
     product = functools.partial(jnp.einsum, f"{x_letters},{y_letters}->{first}")
@@ -69,10 +89,29 @@ def _product_backward(equation, residuals, dy):
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _whole(kernel: jax.Array, letters: str, dtype: jnp.dtype) -> jax.Array:
-    """The gathered kernel, laid out as it was stored: XLA for TPUs would turn it to have the inputs
-    last, for which on v6e it takes longer than for the product."""
-    return row_major(gather(kernel.astype(dtype), *_axes(letters)), *_whole_axes(letters))
+def _whole(equation: str, kernel: jax.Array | Quantized, x: jax.Array) -> jax.Array:
+    """The gathered kernel in the type of x, laid out as it was stored: XLA for TPUs would turn it to
+    have the inputs last, for which on v6e it takes longer than for the product."""
+    letters = equation.split("->")[0].split(",")[1]
+    if isinstance(kernel, Quantized):
+        kernel = _dequantise(equation, kernel, x.shape)
+    return row_major(gather(kernel.astype(x.dtype), *_axes(letters)), *_whole_axes(letters))
+
+
+def _dequantise(equation: str, kernel: Quantized, x_shape: tuple[int, ...]) -> jax.Array:
+    """The kernel in float32."""
+    x_letters, letters, y_letters = equation.replace("->", ",").split(",")
+    inputs = [letters.index(letter) for letter in letters if letter not in y_letters]
+    first, last = inputs[0], inputs[-1]
+    values = kernel.values
+    if values.shape[last] < x_shape[x_letters.index(letters[last])]:
+        # Shifts of int8 keep the sign.
+        high_low = jnp.stack([values >> 4, (values << 4) >> 4], axis=last + 1)
+        values = high_low.reshape(*values.shape[:last], -1, *values.shape[last + 1 :])
+    # A scale has its group where the first input is, and one for all along the others.
+    scale = jnp.expand_dims(jnp.moveaxis(kernel.scale, 0, first), inputs[1:])
+    scale = jnp.repeat(scale, values.shape[first] // scale.shape[first], axis=first)
+    return values.astype(jnp.float32) * scale.astype(jnp.float32)
 
 
 def _axes(letters: str) -> list[str]:
@@ -111,36 +150,52 @@ def rotary(config: GLMConfig, positions_B2T: jax.Array) -> tuple[jax.Array, jax.
     """Cosines and sines [B, T, part, J] in float32, or None for a model with learned positions.
 
     A head is cut into parts that rotate by one row of positions each (rope_1d: the whole head by
-    the position; rope_2d: one half by position, one by block position), and a part into two halves
-    of J that form the rotated pairs: angle = position * 10000^(-j / J).
+    the position; rope_2d: one half by position, one by block position; rope_half: one half by
+    position), and a part into J pairs of dimensions: angle = position * rope_base^(-j / J).
     """
     if config.positions == "learned_2d":
         return None
-    parts = {"rope_1d": 1, "rope_2d": 2}[config.positions]
-    J = config.head_size // (2 * parts)
-    # The official code makes frequencies in float32, then rounds; a float64 power differs.
-    frequency_J = np.float32(1) / np.float32(10000) ** (np.arange(J, dtype=np.float32) / J)
-    frequency_J = frequency_J.astype(config.rope_frequencies).astype(np.float32)
-    positions_BTP = jnp.swapaxes(positions_B2T[:, :parts], 1, 2)
+    rows = 2 if config.positions == "rope_2d" else 1
+    frequency_J = rotary_frequencies(config)
+    positions_BTP = jnp.swapaxes(positions_B2T[:, :rows], 1, 2)
     angles_BTPJ = positions_BTP[..., None].astype(jnp.float32) * frequency_J
     return jnp.cos(angles_BTPJ), jnp.sin(angles_BTPJ)
 
 
-def rotate(x_BTHK: jax.Array, cos_BTPJ: jax.Array, sin_BTPJ: jax.Array) -> jax.Array:
+def rotary_frequencies(config: GLMConfig) -> np.ndarray:
+    """Angle per position of each of the J pairs of a part, float32 [J]."""
+    J = config.head_size // {"rope_1d": 2, "rope_2d": 4, "rope_half": 4}[config.positions]
+    # The official code makes frequencies in float32, then rounds; a float64 power differs.
+    frequency_J = np.float32(1) / np.float32(config.rope_base) ** (
+        np.arange(J, dtype=np.float32) / J
+    )
+    return frequency_J.astype(config.rope_frequencies).astype(np.float32)
+
+
+def rotate(
+    config: GLMConfig, x_BTHK: jax.Array, cos_BTPJ: jax.Array, sin_BTPJ: jax.Array
+) -> jax.Array:
     """Rotates queries or keys by the angles of `rotary`, in float32, back to the type of x.
 
-    (low, high) becomes (low, high) cos + (-high, low) sin. The halves trade places in a product
-    with a signed permutation, which is exact: on TPUs moving lanes about takes three times as long.
+    A pair (low, high) becomes (low, high) cos + (-high, low) sin; the two halves of a part form its
+    pairs, for rope_half neighbours do. They trade places in a product with a signed permutation,
+    which is exact: on TPUs moving lanes about takes three times as long.
     """
     parts, J = cos_BTPJ.shape[-2:]
-    trade_KK = np.kron(np.eye(parts), np.kron([[0, 1], [-1, 0]], np.eye(J)))
+    trade_22 = np.array([[0, 1], [-1, 0]])
+    neighbours = config.positions == "rope_half"
+    trade = np.kron(np.eye(J), trade_22) if neighbours else np.kron(trade_22, np.eye(J))
+    still = x_BTHK.shape[-1] - 2 * parts * J
+    trade_KK = np.pad(np.kron(np.eye(parts), trade), (0, still))
     traded_BTHK = jnp.einsum(
         "bthk,kl->bthl", x_BTHK, jnp.asarray(trade_KK, x_BTHK.dtype),
         precision="highest", preferred_element_type=jnp.float32,
     )  # fmt: skip
 
-    def both_halves(x_BTPJ: jax.Array) -> jax.Array:
-        return jnp.stack([x_BTPJ] * 2, axis=-2).reshape(*x_BTPJ.shape[:2], 1, -1)
+    def whole_head(x_BTPJ: jax.Array, otherwise: float) -> jax.Array:
+        doubled = jnp.stack([x_BTPJ] * 2, axis=-1 if neighbours else -2)
+        x_BT1K = doubled.reshape(*x_BTPJ.shape[:2], 1, -1)
+        return jnp.pad(x_BT1K, [(0, 0)] * 3 + [(0, still)], constant_values=otherwise)
 
-    cos_BT1K, sin_BT1K = both_halves(cos_BTPJ), both_halves(sin_BTPJ)
+    cos_BT1K, sin_BT1K = whole_head(cos_BTPJ, 1), whole_head(sin_BTPJ, 0)
     return (x_BTHK.astype(jnp.float32) * cos_BT1K + traded_BTHK * sin_BT1K).astype(x_BTHK.dtype)

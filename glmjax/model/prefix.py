@@ -6,38 +6,30 @@ rotated, and do not shift positions.
 """
 
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from glmjax.config import GLMConfig
 from glmjax.model.attention import KVCache, write
-from glmjax.model.params import Initializer, Linear, ParamSpec, normal
+from glmjax.model.params import Params, PrefixEncoder
 
 
-@struct.dataclass
-class PrefixEncoder:
-    """The prefix [P, 2 N D] itself, or embeddings [P, D] with two layers that make it from them."""
+def prefix_keys_values(config: GLMConfig, params: PrefixEncoder) -> jax.Array:
+    """Keys and values of every layer, [N, 2, P, G, K], in the type of the configuration."""
+    x_PW = params.embedding.astype(jnp.float32)
+    if params.hidden is not None and params.out is not None:
+        hidden_PD = jnp.tanh(x_PW @ params.hidden.kernel + params.hidden.bias)
+        x_PW = hidden_PD @ params.out.kernel + params.out.bias
+    shape = (len(x_PW), config.num_layers, 2, config.kv_heads, config.head_size)
+    return x_PW.reshape(shape).astype(config.dtype).transpose(1, 2, 0, 3, 4)
 
-    embedding: Any
-    hidden: Linear | None
-    out: Linear | None
 
-
-def prefix_specs(config: GLMConfig, length: int, projection: bool) -> PrefixEncoder:
-    """The parameters of a prefix of P = length keys; they start as PyTorch's defaults do."""
-    D, W = config.hidden_size, 2 * config.num_layers * config.hidden_size
-    rows = ("position", "embed")
-    if not projection:
-        return PrefixEncoder(ParamSpec((length, W), rows, normal(1.0)), None, None)
-    init = _uniform(D**-0.5)
-    return PrefixEncoder(
-        ParamSpec((length, D), rows, normal(1.0)),
-        Linear(ParamSpec((D, D), ("stream", "embed"), init), ParamSpec((D,), ("stream",), init)),
-        Linear(ParamSpec((D, W), ("embed", "stream"), init), ParamSpec((W,), ("stream",), init)),
-    )
+def start_cache(config: GLMConfig, params: Params, batch: int, size: int) -> KVCache:
+    """A cache with room for `size` tokens, and in front of them the model's prefix if it has one."""
+    if params.prefix is None:
+        return KVCache.empty(config, batch, size)
+    return prefix_cache(config, params.prefix, batch, config.prefix_length + size)
 
 
 def prefix_cache(config: GLMConfig, params: PrefixEncoder, batch: int, size: int) -> KVCache:
@@ -46,21 +38,12 @@ def prefix_cache(config: GLMConfig, params: PrefixEncoder, batch: int, size: int
     Raises:
         ValueError: the prefix is longer than size.
     """
-    x_PW = params.embedding
-    if params.hidden is not None and params.out is not None:
-        hidden_PD = jnp.tanh(x_PW @ params.hidden.kernel + params.hidden.bias)
-        x_PW = hidden_PD @ params.out.kernel + params.out.bias
-    length = x_PW.shape[0]
+    prefix_N2PGK = prefix_keys_values(config, params)
+    length = prefix_N2PGK.shape[2]
     if length > size:
         raise ValueError(f"a prefix of {length} keys does not fit a cache of {size} slots")
-    shape = (length, config.num_layers, 2, config.num_heads, config.head_size)
-    k_NPHK, v_NPHK = x_PW.reshape(shape).astype(config.dtype).transpose(2, 1, 0, 3, 4)
     cache = KVCache.empty(config, batch, size)
-    for n in range(config.num_layers):
-        k_BPHK, v_BPHK = (jnp.stack([x_NPHK[n]] * batch) for x_NPHK in (k_NPHK, v_NPHK))
-        cache = write(config, cache, n, k_BPHK, v_BPHK)
+    for n, prefix_2PGK in enumerate(prefix_N2PGK):
+        k_BPGK, v_BPGK = (jnp.stack([x_PGK] * batch) for x_PGK in prefix_2PGK)
+        cache = write(config, cache, n, k_BPGK, v_BPGK)
     return replace(cache, length_B=jnp.full(batch, length, jnp.int32))
-
-
-def _uniform(bound: float) -> Initializer:
-    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)

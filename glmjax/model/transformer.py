@@ -1,13 +1,13 @@
-"""The transformer of GLM, GLM-130B and ChatGLM-6B, as functions of its parameters.
+"""The transformer of GLM, GLM-130B, ChatGLM-6B and its successors, as functions of its parameters.
 
-Dimensions in names: B batch, T query length, S key length, D model width, H heads, K head size,
-F feed-forward width, V vocabulary, N layers.
+Dimensions in names: B batch, T query length, S key length, P length of a prefix, D model width,
+H heads, G heads of keys and values, K head size, F feed-forward width, V vocabulary, N layers.
 
-    pre-norm (GLM)                      DeepNorm (GLM-130B, ChatGLM-6B), alpha = sqrt(2 N)
-    u = x + attention(LN(x))            a = LN(x)    u = alpha a + attention(a)
-    y = u + ffn(LN(u))                  m = LN(u)    y = alpha m + ffn(m)
+    pre-norm (GLM, ChatGLM2-6B ...)     DeepNorm (GLM-130B, ChatGLM-6B), alpha = sqrt(2 N)
+    u = x + attention(norm(x))          a = norm(x)    u = alpha a + attention(a)
+    y = u + ffn(norm(u))                m = norm(u)    y = alpha m + ffn(m)
 
-Both end in a layer norm. GLM-130B and ChatGLM-6B also divide the scores of layer i by i + 1 and
+Both end in a norm. GLM-130B and ChatGLM-6B also divide the scores of layer i by i + 1 and
 multiply them again in the softmax; that guards float16 and cancels, so it is left out.
 """
 
@@ -22,11 +22,12 @@ from jax.ad_checkpoint import checkpoint_name
 from glmjax.config import GLMConfig, Remat, Saved
 from glmjax.model import attention
 from glmjax.model.attention import BlankMask, KVCache
-from glmjax.model.layers import dropout, layer_norm, linear, rotary, rotate, scale_gradient
+from glmjax.model.layers import dropout, linear, norm, rotary, rotate, scale_gradient
 from glmjax.model.params import Block, Params, leaf_name
+from glmjax.model.prefix import prefix_keys_values
 from glmjax.sharding import constrain, row_major
 
-# Queries, keys and values [B, T, H, K] to the attention output and whatever it keeps.
+# Queries [B, T, H, K], keys and values [B, T, G, K] to the attention output and whatever it keeps.
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
@@ -39,6 +40,9 @@ def forward(
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """Logits [B, T, V] in float32. Row 0 of positions is the position, row 1 the block position.
+
+    The prefix of a model with one is seen by the queries that see key 0, and no other: not by
+    samples that start later in a packed row, nor behind padding on the left.
 
     Dropout is on when a key is given. Training does not call this: its loss takes the output of
     `encode`, so that no B x T x V array exists.
@@ -68,33 +72,43 @@ def encode(
     mask: BlankMask,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """Hidden states [B, T, D] after the final norm, in the type of the configuration."""
+    """Hidden states [B, T, D] after the final norm, in the type of the configuration.
+
+    A prefix and dropout as in `forward`.
+    """
     embedding_key, blocks_key = (
         jax.random.split(dropout_key) if dropout_key is not None else (None, None)
     )
     x_BTD = embed(config, params, tokens_BT, positions_B2T)
     x_BTD = dropout(x_BTD, embedding_key, config.embedding_dropout)
     angles = rotary(config, positions_B2T)
+    prefix_N2PGK = None
+    if params.prefix is not None:
+        prefix_N2PGK = prefix_keys_values(config, params.prefix)
+        mask = mask.behind(prefix_N2PGK.shape[2])
 
-    def layer(x_BTD: jax.Array, inputs: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
-        params_n, n = inputs
+    def layer(x_BTD: jax.Array, inputs: tuple[Block, Any, jax.Array]) -> tuple[jax.Array, None]:
+        params_n, prefix_2PGK, n = inputs
         keys = (None,) * 3
         if blocks_key is not None:
             keys = tuple(jax.random.split(jax.random.fold_in(blocks_key, n), 3))
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+            if prefix_2PGK is not None:
+                k, v = attention.prepend(prefix_2PGK, k, v)
             return attention.attend(config, q, k, v, mask, keys[0]), None
 
         x_BTD, _ = block(config, params_n, x_BTD, angles, attend, keys[1], keys[2])
         return x_BTD, None
 
     # Rounded here, the gradients of all layers gather in this type too, in which each arrives.
-    blocks = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(config.dtype) if "kernel" in leaf_name(path) else leaf,
-        params.blocks,
-    )
-    x_BTD, _ = jax.lax.scan(_remat(config, layer), x_BTD, (blocks, jnp.arange(config.num_layers)))
-    return layer_norm(params.final_norm, x_BTD, config.layer_norm_epsilon)
+    def rounded(path: Any, leaf: jax.Array) -> jax.Array:
+        return leaf.astype(config.dtype) if leaf_name(path).endswith("kernel") else leaf
+
+    blocks = jax.tree_util.tree_map_with_path(rounded, params.blocks)
+    layers = blocks, prefix_N2PGK, jnp.arange(config.num_layers)
+    x_BTD, _ = jax.lax.scan(_remat(config, layer), x_BTD, layers)
+    return norm(config, params.final_norm, x_BTD)
 
 
 def embed(
@@ -128,34 +142,49 @@ def block(
     ffn_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """One block; `attend` decides over which keys, and what it keeps is handed back."""
-    a_BTD = layer_norm(params.attention_norm, x_BTD, config.layer_norm_epsilon)
-    q_BTHK, k_BTHK, v_BTHK = checkpoint_name(linear("btd,dchk->cbthk", params.qkv, a_BTD), "qkv")
+    a_BTD = norm(config, params.attention_norm, x_BTD)
+    q_BTHK, k_BTGK, v_BTGK = queries_keys_values(params, a_BTD)
     if angles is not None:
-        q_BTHK, k_BTHK = rotate(q_BTHK, *angles), rotate(k_BTHK, *angles)
-    o_BTHK, kept = attend(q_BTHK, k_BTHK, v_BTHK)
+        q_BTHK, k_BTGK = (rotate(config, x, *angles) for x in (q_BTHK, k_BTGK))
+    o_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
     o_BTD = linear("bthk,hkd->btd", params.attention_out, o_BTHK)
     o_BTD = dropout(checkpoint_name(o_BTD, "attention_out"), attention_key, config.hidden_dropout)
-    residual_BTD = x_BTD if config.norm == "pre" else config.residual_scale * a_BTD
+    residual_BTD = config.residual_scale * a_BTD if config.norm == "deepnorm" else x_BTD
     u_BTD = constrain(residual_BTD + o_BTD, "batch", "sequence", "stream")
 
-    m_BTD = layer_norm(params.ffn_norm, u_BTD, config.layer_norm_epsilon)
+    m_BTD = norm(config, params.ffn_norm, u_BTD)
     f_BTD = checkpoint_name(feed_forward(config, params, m_BTD), "ffn_out")
     f_BTD = dropout(f_BTD, ffn_key, config.hidden_dropout)
-    residual_BTD = u_BTD if config.norm == "pre" else config.residual_scale * m_BTD
+    residual_BTD = config.residual_scale * m_BTD if config.norm == "deepnorm" else u_BTD
     return constrain(residual_BTD + f_BTD, "batch", "sequence", "stream"), kept
 
 
+def queries_keys_values(params: Block, a_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q_BTHK, k_BTGK and v_BTGK, from one matrix or, where heads share keys, from two."""
+    if params.qkv is not None:
+        q_BTHK, k_BTHK, v_BTHK = checkpoint_name(
+            linear("btd,dchk->cbthk", params.qkv, a_BTD), "qkv"
+        )
+        return q_BTHK, k_BTHK, v_BTHK
+    assert params.q is not None and params.kv is not None
+    q_BTHK = checkpoint_name(linear("btd,dhk->bthk", params.q, a_BTD), "qkv")
+    k_BTGK, v_BTGK = checkpoint_name(linear("btd,dchk->cbthk", params.kv, a_BTD), "qkv")
+    return q_BTHK, k_BTGK, v_BTGK
+
+
 def feed_forward(config: GLMConfig, params: Block, m_BTD: jax.Array) -> jax.Array:
-    """ffn_out(gelu(ffn_in m)), or ffn_out(value * gelu(gate)) for geglu."""
-    if config.ffn == "geglu":
-        value_gate_GBTF = linear("btd,gdf->gbtf", params.ffn_in, m_BTD)
-        # Left to itself XLA for TPUs lays T out last, and copies it twice in the backward pass.
-        value_gate_GBTF = row_major(value_gate_GBTF, "gate", "batch", "length", "mlp")
-        value_BTF, gate_BTF = checkpoint_name(value_gate_GBTF, "ffn_in")
-        f_BTF = value_BTF * jax.nn.gelu(gate_BTF, approximate=False)
-    else:
+    """ffn_out(f), where f is gelu(x), x_0 gelu(x_1) or silu(x_0) x_1 for x = ffn_in(m)."""
+    if config.ffn == "gelu":
         f_BTF = checkpoint_name(linear("btd,df->btf", params.ffn_in, m_BTD), "ffn_in")
-        f_BTF = jax.nn.gelu(f_BTF, approximate=True)
+        return linear("btf,fd->btd", params.ffn_out, jax.nn.gelu(f_BTF, approximate=True))
+    x_GBTF = linear("btd,gdf->gbtf", params.ffn_in, m_BTD)
+    # Left to itself XLA for TPUs lays T out last, and copies it twice in the backward pass.
+    x_GBTF = row_major(x_GBTF, "gate", "batch", "length", "mlp")
+    first_BTF, second_BTF = checkpoint_name(x_GBTF, "ffn_in")
+    if config.ffn == "geglu":
+        f_BTF = first_BTF * jax.nn.gelu(second_BTF, approximate=False)
+    else:
+        f_BTF = jax.nn.silu(first_BTF) * second_BTF
     return linear("btf,fd->btd", params.ffn_out, f_BTF)
 
 
@@ -190,7 +219,7 @@ def extend(
     (x_BTD, cache), _ = jax.lax.scan(
         layer, (x_BTD, cache), (params.blocks, jnp.arange(config.num_layers))
     )
-    x_BTD = layer_norm(params.final_norm, x_BTD, config.layer_norm_epsilon)
+    x_BTD = norm(config, params.final_norm, x_BTD)
     return x_BTD, replace(cache, length_B=cache.length_B + count_B)
 
 

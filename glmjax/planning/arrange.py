@@ -38,7 +38,7 @@ def arrange(experiment: Experiment, topology: Topology, job: Job = "train") -> E
     fits = math.prod(sizes.values()) == devices and sizes["data"] % topology.num_slices == 0
     if job == "train" and fits:
         return experiment
-    heads = experiment.model.num_heads
+    heads = experiment.model.kv_heads
     tensors = [n for n in range(1, heads + 1) if heads % n == 0 and devices % n == 0]
     if job == "decode":
         return replace(experiment, mesh=MeshConfig(data=devices // tensors[-1], tensor=tensors[-1]))

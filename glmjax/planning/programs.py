@@ -190,7 +190,9 @@ def trace_decode_step(config: GLMConfig, mesh: Mesh, serving: Serving) -> jax.st
         return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
 
     params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, config.dtype, sharding=sharding),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, config.dtype if leaf.dtype == jnp.float32 else leaf.dtype, sharding=sharding
+        ),
         abstract_params(config),
         param_shardings(config, mesh),
     )

@@ -44,7 +44,8 @@ def model_flops(config: GLMConfig, rows: int, length: int) -> float:
     matrix product and each token, and the full square of attention scores (Chowdhery et al. 2022,
     PaLM, appendix B)."""
     N, D, F, V = config.num_layers, config.hidden_size, config.ffn_size, config.vocab_size
-    weights = N * (4 * D * D + (3 if config.ffn == "geglu" else 2) * D * F) + V * D
+    attention = 2 * D * (D + config.kv_heads * config.head_size)
+    weights = N * (attention + (2 if config.ffn == "gelu" else 3) * D * F) + V * D
     return rows * length * (6.0 * weights + 12.0 * N * D * length)
 
 

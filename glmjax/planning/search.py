@@ -171,7 +171,7 @@ def candidates(experiment: Experiment, topology: Topology) -> list[Candidate]:
 def _meshes(config: GLMConfig, topology: Topology) -> list[dict[str, int]]:
     """Ways to arrange the devices: `data` counts the slices, or more replicas."""
     devices, slices = topology.num_devices, topology.num_slices
-    heads = config.num_heads
+    heads = config.kv_heads
     tensors = [n for n in range(1, heads + 1) if heads % n == 0 and devices // slices % n == 0]
     meshes = []
     for tensor in tensors:

@@ -3,14 +3,15 @@
 One checkpoint is one folder: `state/` (orbax), `metadata.json` (the configuration and what made it)
 and the checksum of every file. It is written under the name STEP.unfinished and renamed to STEP
 when all of that is on disk, so a folder with a number for a name was once whole, and its checksums
-tell whether it still is. A model saved alone has the same form. All uses of orbax are in this file;
-nothing in a checkpoint is ever executed.
+tell whether it still is. A model saved alone is such a folder too, see `model_folder`. All uses of
+orbax are in this file; nothing in a checkpoint is ever executed.
 """
 
 import contextlib
 import functools
 import json
 import logging
+import math
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -25,11 +26,10 @@ from etils import epath
 from glmjax.config import (
     DistributedConfig,
     Experiment,
-    GLMConfig,
     config_from_json,
     config_to_json,
 )
-from glmjax.model.params import Params, abstract_params, param_shardings
+from glmjax.model.params import leaf_name
 from glmjax.training import checksums
 from glmjax.training.distributed import barrier
 from glmjax.training.history import check_continuation
@@ -38,6 +38,7 @@ from glmjax.version import __version__
 logger = logging.getLogger(__name__)
 
 UNFINISHED, REPLACED = ".unfinished", ".replaced"
+LARGE_LAYER_BYTES = 1 << 20
 
 # What orbax cannot do it raises, and this file reports; its running commentary, and the one of its
 # writes that fail after the first has, is not for users.
@@ -67,7 +68,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the folder cannot be made.
         """
-        self.directory = _absolute(directory)
+        self.directory = absolute_path(directory)
         self._keep = keep
         self._damaged: set[int] = set()
         self._barrier_seconds = barrier_seconds
@@ -104,14 +105,14 @@ class Checkpoints:
         if step in set(self.steps()) - self._damaged:
             return
         metadata = {
-            **_versions(),
+            **versions(),
             "step": step,
             "seed": experiment.train.seed,
             "experiment": config_to_json(experiment),
         }
         folder = self.directory / f"{step}{UNFINISHED}"
         self._remove_remains()
-        with _failure_reported(folder):
+        with failure_reported(folder):
             _start_writing(self._checkpointer, folder, state, metadata)
         self._pending = self._executor.submit(self._finish, step)
 
@@ -150,11 +151,11 @@ class Checkpoints:
             ValueError: it belongs to another configuration, see `check_continuation`.
         """
         self.wait()
-        step, self._damaged = _newest_whole(self.directory, after)
+        step, self._damaged = newest_whole(self.directory, after)
         if step is None:
             return None
         folder = self.directory / str(step)
-        saved = config_from_json(Experiment, _read_metadata(folder)["experiment"])
+        saved = config_from_json(Experiment, read_metadata(folder)["experiment"])
         check_continuation(saved, experiment, step, str(folder))
         return step, _restore(folder, abstract_state)
 
@@ -172,7 +173,7 @@ class Checkpoints:
     def _finish(self, step: int) -> None:
         """Completes a save in the background; only then removes checkpoints no longer wanted."""
         folder = self.directory / f"{step}{UNFINISHED}"
-        with _failure_reported(folder):
+        with failure_reported(folder):
             target = self.directory / str(step)
             _finish_writing(self._checkpointer, folder, target, self._barrier_seconds)
         older = [s for s in self.steps() if s < step and s not in self._damaged]
@@ -183,62 +184,28 @@ class Checkpoints:
                 (self.directory / str(s)).rmtree()
 
 
-def save_model(path: str | Path, config: GLMConfig, params: Params) -> None:
-    """Writes a model to a folder; one that is there already is replaced when the new one is whole.
+def check_vacant(target: epath.Path) -> None:
+    """Refuses to write a model where something else is.
 
     Raises:
-        FileExistsError: the folder holds something else.
+        FileExistsError: it is there.
+    """
+    vacant = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not vacant and not (checksums.exist(target) and "model" in read_metadata(target)):
+        raise FileExistsError(f"{target} exists and is not a glmjax model; not overwriting it")
+
+
+def save_tree(target: epath.Path, tree: Any, metadata: dict[str, Any]) -> None:
+    """Writes a tree of arrays, of which each process of a job has a share.
+
+    Raises:
         CheckpointError: the disk is full, or the like.
     """
-    target = _absolute(path)
-    vacant = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    if not vacant and not (checksums.exist(target) and "model" in _read_metadata(target)):
-        raise FileExistsError(f"{target} exists and is not a glmjax model; not overwriting it")
     folder = target.with_name(target.name + UNFINISHED)
-    metadata = {**_versions(), "model": config_to_json(config)}
     seconds = DistributedConfig.barrier_seconds
-    with _checkpointer(seconds) as checkpointer, _failure_reported(folder):
-        _start_writing(checkpointer, folder, {"params": params}, metadata)
+    with _checkpointer(seconds) as checkpointer, failure_reported(folder):
+        _start_writing(checkpointer, folder, tree, metadata)
         _finish_writing(checkpointer, folder, target, seconds)
-
-
-def load_model(path: str | Path) -> tuple[GLMConfig, Params]:
-    """The model in a folder of `save_model`, a run, its checkpoints, or one of these.
-
-    Of several checkpoints the newest whole one is taken, and only the parameters are read. They go
-    to the mesh of `jax.set_mesh`, else to the default device.
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it is not a glmjax checkpoint.
-        CheckpointError: it is damaged.
-    """
-    folder = _absolute(path)
-    if not folder.exists():
-        raise FileNotFoundError(f"{folder} does not exist")
-    if (folder / "checkpoints").is_dir():
-        folder = folder / "checkpoints"
-    if checksums.exist(folder):
-        damage = checksums.find_damage(folder)
-        if damage:
-            raise CheckpointError(f"{folder} is damaged: {damage}")
-    else:
-        step = _newest_whole(folder)[0] if folder.is_dir() else None
-        if step is None:
-            raise ValueError(f"{folder} is not a glmjax checkpoint, nor does it hold any")
-        folder = folder / str(step)
-    metadata = _read_metadata(folder)
-    model = metadata["model"] if "model" in metadata else metadata["experiment"]["model"]
-    config = config_from_json(GLMConfig, model)
-    mesh = jax.sharding.get_mesh()
-    abstract = abstract_params(config)
-    if not mesh.empty:
-        abstract = jax.tree.map(
-            lambda leaf, sharding: leaf.update(sharding=sharding),
-            abstract,
-            param_shardings(config, mesh),
-        )
-    return config, _restore(folder, {"params": abstract})["params"]
 
 
 def _checkpointer(barrier_seconds: int) -> ocp.AsyncCheckpointer:
@@ -257,7 +224,19 @@ def _start_writing(
         folder.mkdir(parents=True)
         (folder / "metadata.json").write_text(json.dumps(metadata, indent=2))
     with jax.transfer_guard("allow"):
-        checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(state))
+        save_args = jax.tree_util.tree_map_with_path(_save_args, state)
+        checkpointer.save(folder / "state", args=ocp.args.PyTreeSave(state, save_args=save_args))
+
+
+def _save_args(path: tuple[Any, ...], leaf: jax.Array) -> ocp.SaveArgs:
+    """One chunk for each large layer, so that it can be read without the others."""
+    if "blocks." not in leaf_name(path):
+        return ocp.SaveArgs()
+    _, *layer = leaf.sharding.shard_shape(leaf.shape)
+    layer_bytes = math.prod(layer) * leaf.dtype.itemsize
+    if layer_bytes < LARGE_LAYER_BYTES:
+        return ocp.SaveArgs()
+    return ocp.SaveArgs(chunk_byte_size=layer_bytes, shard_axes=(0,))
 
 
 def _finish_writing(
@@ -265,30 +244,39 @@ def _finish_writing(
 ) -> None:
     """Waits for the data, adds checksums and gives the folder its final name."""
     checkpointer.wait_until_finished()
-    checksums.write(folder)
+    checksums.write(folder, jax.process_index(), jax.process_count())
     barrier(f"the checksums of {target}", seconds)
     if jax.process_index() == 0:
-        replaced = target.with_name(target.name + REPLACED)
-        if target.exists():
-            target.rename(replaced)
-        folder.rename(target)
-        if replaced.exists():
-            replaced.rmtree()
+        give_name(folder, target)
     barrier(f"the new name of {target}", seconds)
 
 
+def give_name(folder: epath.Path, target: epath.Path) -> None:
+    """Gives a whole folder its final name; what has that name is removed."""
+    replaced = target.with_name(target.name + REPLACED)
+    if target.exists():
+        if replaced.exists():  # this was interrupted before
+            replaced.rmtree()
+        target.rename(replaced)
+    folder.rename(target)
+    if replaced.exists():
+        replaced.rmtree()
+
+
 @contextlib.contextmanager
-def _failure_reported(folder: epath.Path) -> Iterator[None]:
-    """Turns whatever stops a save into one `CheckpointError` and frees the disk it had taken."""
+def failure_reported(folder: epath.Path, keep: bool = False) -> Iterator[None]:
+    """Turns whatever stops a save into one `CheckpointError`, and frees the disk unless told to keep."""
     try:
         yield
     except Exception as error:
-        if jax.process_index() == 0 and folder.exists():
+        if not keep and jax.process_index() == 0 and folder.exists():
             with contextlib.suppress(OSError):  # writes under way may still add files
                 folder.rmtree()
         cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        kept = f", and {folder} keeps what is whole" if keep else ""
         raise CheckpointError(
             f"could not save {folder.with_suffix('')} ({cause}); what was saved before is unharmed"
+            + kept
         ) from error
 
 
@@ -309,7 +297,7 @@ def _restore(folder: epath.Path, abstract_state: Any) -> Any:
         )
 
 
-def _newest_whole(directory: epath.Path, after: int = -1) -> tuple[int | None, set[int]]:
+def newest_whole(directory: epath.Path, after: int = -1) -> tuple[int | None, set[int]]:
     """The newest whole step after `after`, and the damaged ones behind it, which are reported.
 
     Raises:
@@ -338,12 +326,12 @@ def _steps(directory: epath.Path) -> list[int]:
     return sorted(int(folder.name) for folder in directory.iterdir() if folder.name.isdecimal())
 
 
-def _read_metadata(folder: epath.Path) -> dict[str, Any]:
+def read_metadata(folder: epath.Path) -> dict[str, Any]:
     return json.loads((folder / "metadata.json").read_text())
 
 
 @functools.cache
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
     """Versions of glmjax and jax, and the git commit when glmjax runs from its repository."""
     root = Path(__file__).parents[2]
     commit = None
@@ -354,5 +342,5 @@ def _versions() -> dict[str, str | None]:
     return {"glmjax": __version__, "commit": commit, "jax": jax.__version__}
 
 
-def _absolute(path: str | Path) -> epath.Path:
+def absolute_path(path: str | Path) -> epath.Path:
     return epath.Path(path).expanduser().resolve()

@@ -5,7 +5,9 @@ and is cheaper than reading the disk. In a job of several processes each checks 
 """
 
 import zlib
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -13,15 +15,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 
-def write(folder: epath.Path) -> None:
-    """Writes CRC-32 and size of this process's share of the files."""
-    index, count = jax.process_index(), jax.process_count()
+def write(
+    folder: epath.Path, index: int, count: int, known: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Writes CRC-32 and size of share `index` of `count` of the files; those known are not read."""
     files = [parent / name for parent, _, names in folder.walk() for name in names]
     names = sorted(str(file.relative_to(folder)) for file in files)
     share = [name for name in names if not name.startswith("checksums-")][index::count]
     with ThreadPoolExecutor() as executor:
-        sums = executor.map(lambda name: _checksum(folder / name), share)
-    lines = [f"{sum} {name}" for sum, name in zip(sums, share, strict=True)]
+        sums = executor.map(lambda name: known.get(name) or of_file(folder / name), share)
+    lines = [f"{sum} {name}" for name, sum in zip(share, sums, strict=True)]
     (folder / f"checksums-{index}-of-{count}.txt").write_text(
         "\n".join([f"{len(lines)} files: CRC-32, bytes, name", *lines])
     )
@@ -31,13 +34,43 @@ def exist(folder: epath.Path) -> bool:
     return any(folder.glob("checksums-*-of-*.txt"))
 
 
-def find_damage(folder: epath.Path) -> str | None:
-    """What is wrong with a checkpoint, None when every byte is as it was written.
+def read(folder: epath.Path) -> dict[str, str]:
+    """CRC-32 and size of every file by its name.
+
+    Raises:
+        OSError, ValueError: they are not whole.
+    """
+    tables = sorted(folder.glob("checksums-*-of-*.txt"))
+    if not tables or len(tables) != int(tables[0].stem.split("-")[-1]):
+        raise ValueError("checksums are missing")
+    sums: dict[str, str] = {}
+    for table in tables:
+        head, *lines = table.read_text().split("\n")
+        if int(head.split()[0]) != len(lines):
+            raise ValueError(f"{table.name} is cut short")
+        sums |= dict(parse(line) for line in lines)
+    return sums
+
+
+def parse(line: str) -> tuple[str, str]:
+    """Name, and CRC-32 and size, of one line of a table."""
+    crc, size, name = line.split(" ", 2)
+    return name, f"{crc} {size}"
+
+
+def find_damage(
+    folder: epath.Path, wanted: Callable[[str], bool] = lambda name: True
+) -> str | None:
+    """What is wrong with a checkpoint, None when every byte of the wanted files is as written.
 
     Processes share the work and agree on the answer.
     """
     try:
-        damage = _check_share(folder, jax.process_index(), jax.process_count())
+        names = {name: sum for name, sum in read(folder).items() if wanted(name)}
+        share = list(names.items())[jax.process_index() :: jax.process_count()]
+        with ThreadPoolExecutor() as executor:
+            found = executor.map(lambda entry: _check(folder, *entry), share)
+            damage = next(filter(None, found), None)
     except (OSError, ValueError) as error:
         damage = f"unreadable: {error}"
     if jax.process_count() > 1:
@@ -47,32 +80,20 @@ def find_damage(folder: epath.Path) -> str | None:
     return damage
 
 
-def _check_share(folder: epath.Path, index: int, count: int) -> str | None:
-    tables = sorted(folder.glob("checksums-*-of-*.txt"))
-    if not tables or len(tables) != int(tables[0].stem.split("-")[-1]):
-        return "checksums are missing"
-    lines = []
-    for table in tables:
-        head, *entries = table.read_text().split("\n")
-        if int(head.split()[0]) != len(entries):
-            return f"{table.name} is cut short"
-        lines += entries
-
-    def check(line: str) -> str | None:
-        expected, size, name = line.split(" ", 2)
-        file = folder / name
-        if not file.exists():
-            return f"{name} is missing"
-        found = _checksum(file)
-        if found.split()[1] != size:
-            return f"{name} has {found.split()[1]} bytes instead of {size}"
-        return None if found.split()[0] == expected else f"{name} has changed"
-
-    with ThreadPoolExecutor() as executor:
-        return next(filter(None, executor.map(check, lines[index::count])), None)
+def _check(folder: epath.Path, name: str, expected: str) -> str | None:
+    file = folder / name
+    return difference(name, of_file(file), expected) if file.exists() else f"{name} is missing"
 
 
-def _checksum(file: epath.Path) -> str:
+def difference(name: str, found: str, expected: str) -> str | None:
+    """What is wrong with a file of this checksum, None when it is the expected one."""
+    size, expected_size = found.split()[1], expected.split()[1]
+    if size != expected_size:
+        return f"{name} has {size} bytes instead of {expected_size}"
+    return None if found == expected else f"{name} has changed"
+
+
+def of_file(file: epath.Path) -> str:
     """CRC-32 and size in bytes of a file, as text."""
     crc = size = 0
     with file.open("rb") as stream:

@@ -124,7 +124,7 @@ def fit(experiment: Experiment, program_began: float | None = None) -> Summary:
     shards, num_shards = batch_shards(mesh)
 
     # Data
-    corpora = prepare(experiment.data, experiment.objective)
+    corpora = prepare(experiment.data, experiment.objective, experiment.model.special_tokens)
     check_vocabulary(experiment.model, corpora.tokenizer)
     if experiment.model.special_tokens != corpora.tokenizer.special_tokens:
         raise ValueError(
@@ -310,7 +310,7 @@ def _open_run(experiment: Experiment, corpora: Corpora, run: Path, first_step: i
             f"the text or the vocabulary of {run} changed since that run began; restore the files "
             "or choose another --train.run"
         )
-    corpora.tokenizer.save(run / "tokenizer.model")
+    corpora.tokenizer.save(run)
     record_changes(run, first_step, experiment)
     _write_json(run / "config.json", config_to_json(experiment))
     _write_json(identity, contents)

@@ -32,8 +32,9 @@ def flops(config: GLMConfig, rows: int, length: int, *, recompute: bool = False)
     pass recomputes the blocks. Written out so that it holds for any feed-forward width.
     """
     N, D, F, V = config.num_layers, config.hidden_size, config.ffn_size, config.vocab_size
-    ffn_matrices = 3 if config.ffn == "geglu" else 2
-    per_token = 2 * N * (4 * D * D + ffn_matrices * D * F) + 4 * N * length * D + 1.5 * V * D
+    attention = 2 * D * (D + config.kv_heads * config.head_size)
+    ffn_matrices = 2 if config.ffn == "gelu" else 3
+    per_token = 2 * N * (attention + ffn_matrices * D * F) + 4 * N * length * D + 1.5 * V * D
     return (4.0 if recompute else 3.0) * rows * length * per_token
 
 

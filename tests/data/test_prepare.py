@@ -11,11 +11,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_vocabularies import write_byte_pairs, write_ice_text
 
 import glmjax
-from glmjax.config import ObjectiveConfig
+from glmjax.config import Experiment, ObjectiveConfig, TrainConfig
 from glmjax.data import prepare as preparing
+from glmjax.data.pipeline import make_dataset
 from glmjax.data.prepare import SPLITS, TokenRows, is_heldout, prepare, token_feature, token_type
+from glmjax.presets import get_config
 
 BY_BATCH = ObjectiveConfig()
 BY_ROW = ObjectiveConfig(draw="row")
@@ -48,6 +51,41 @@ def test_rows_are_the_documents(corpus_data, documents, objective):
         assert rows[0]["tokens"].shape == (corpora.text_length,)
         assert rows[0]["tokens"].dtype == np.uint16
         assert stream(rows) == expected[: len(rows) * corpora.text_length]
+
+
+@pytest.mark.parametrize(
+    ("model", "preset", "write"),
+    [
+        ("glm-tiny", "glm-10b", lambda folder: write_byte_pairs(folder, "gpt2").parent),
+        ("glm-130b-tiny", "glm-130b", write_ice_text),
+    ],
+    ids=["gpt2", "ice-text"],
+)
+def test_official_vocabularies(corpus_data, documents, tmp_path, model, preset, write):
+    """`data.tokenizer` may be an official file or folder; batches are drawn with its ids."""
+    published = get_config(preset)
+    data = dataclasses.replace(
+        corpus_data, cache=str(tmp_path), tokenizer=str(write(tmp_path / "v"))
+    )
+    config = get_config(
+        model, vocab_size=published.vocab_size, special_tokens=published.special_tokens
+    )
+    positions = "1d" if model == "glm-130b-tiny" else "2d"
+    objective = ObjectiveConfig(token=0.5, sentence=0.5, draw="row", positions=positions)
+    corpora = prepare(data, objective, config.special_tokens)
+    tokens, encode = published.special_tokens, corpora.tokenizer.encode
+    expected = []
+    for text in documents:
+        if not is_heldout((text,), data.heldout):
+            expected += [*encode(text), tokens.eos]
+    rows = stream(corpora.texts[0].train)
+    assert rows == expected[: len(rows)]
+
+    train = TrainConfig(batch_size=8)
+    batch = make_dataset(Experiment(config, objective, data, train=train), corpora)[0]
+    assert {tokens.mask, tokens.smask, tokens.sop} <= set(batch.tokens_BT.flat)
+    assert {*batch.tokens_BT.flat} - {*tokens.masks, tokens.sop, tokens.pad} <= set(expected)
+    assert tokens.eop in batch.targets_BT[batch.weights_BT > 0]
 
 
 def test_text_length_is_a_setting(corpus_data):
@@ -108,12 +146,12 @@ def test_changed_files_are_noticed(corpus_data, documents, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"heldout": 0.2}, {"vocab_size": 390}, {"text_length": 40}, {"tokenizer": "other.model"}],
+    [{"heldout": 0.2}, {"vocab_size": 390}, {"text_length": 40}, {"tokenizer": "other"}],
     ids=lambda changes: next(iter(changes)),
 )
 def test_settings_name_the_corpus(corpus_data, documents, tmp_path, monkeypatch, changes):
     monkeypatch.chdir(tmp_path)
-    preparing.train_tokenizer(documents, 300).save(Path("other.model"))
+    preparing.train_tokenizer(documents, 300).save(Path("other"))
     first = prepare(corpus_data, BY_BATCH)
     other = prepare(dataclasses.replace(corpus_data, **changes), BY_BATCH)
     assert other.digest != first.digest
@@ -168,11 +206,11 @@ def test_large_vocabularies_are_stored_in_int32(tmp_path):
     ids=["too-little", "no-field", "one-document"],
 )
 def test_bad_corpora_leave_nothing(corpus_data, documents, tmp_path, records, message):
-    preparing.train_tokenizer(documents, 300).save(tmp_path / "some.model")
+    preparing.train_tokenizer(documents, 300).save(tmp_path)
     path = tmp_path / "corpus.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     data = dataclasses.replace(
-        corpus_data, path=(str(path),), cache=str(tmp_path / "cache"), tokenizer=str(tmp_path / "some.model")
+        corpus_data, path=(str(path),), cache=str(tmp_path / "cache"), tokenizer=str(tmp_path)
     )  # fmt: skip
     for _ in range(2):
         with pytest.raises(ValueError, match=message):

@@ -93,15 +93,17 @@ def test_prompt_without_blanks_is_text(tokenizer):
 
 
 def test_save_load_and_pickle(tokenizer, tmp_path):
-    tokenizer.save(tmp_path / "new" / "vocabulary.model")
+    tokenizer.save(tmp_path / "new")
+    (tmp_path / "renamed.model").write_bytes((tmp_path / "new" / "tokenizer.model").read_bytes())
     for copy in (
-        load_tokenizer(tmp_path / "new" / "vocabulary.model"),
+        load_tokenizer(tmp_path / "new"),
+        load_tokenizer(tmp_path / "renamed.model", TRAINED_TOKENS),
         pickle.loads(pickle.dumps(tokenizer)),
     ):
         assert copy.digest == tokenizer.digest
         assert copy.special_tokens == tokenizer.special_tokens
         assert (copy.is_sentence_end == tokenizer.is_sentence_end).all()
-    assert [file.name for file in (tmp_path / "new").iterdir()] == ["vocabulary.model"]
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["tokenizer.model"]
 
 
 def test_load_refuses_a_missing_file(tmp_path):
@@ -124,7 +126,10 @@ def test_load_refuses_other_vocabularies(tmp_path, documents):
     )
     path = tmp_path / "foreign.model"
     path.write_bytes(model.getvalue())
-    with pytest.raises(ValueError, match=r"foreign\.model was not trained by glmjax: token 0"):
+    message = (
+        r"foreign\.model is no known vocabulary: not glmjax's own \(token 0 is '<unk>' instead"
+    )
+    with pytest.raises(ValueError, match=message):
         load_tokenizer(path)
 
 

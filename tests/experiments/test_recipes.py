@@ -167,7 +167,7 @@ def test_help_needs_no_data(capsys):
     ("file", "absent"),
     [
         ("glm_130b.py", "data/pile, data/wudao, data/chinese-web, data/multitask, .*ice_text.model"),
-        ("glm_base.py", "data/wikipedia, data/bookscorpus, data/bert-base-uncased.model"),
+        ("glm_base.py", "data/wikipedia, data/bookscorpus, data/bert-base-uncased-vocab.txt"),
     ],
 )  # fmt: skip
 def test_training_without_the_data_names_it(capsys, monkeypatch, tmp_path, file, absent):

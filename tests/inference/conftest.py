@@ -1,4 +1,4 @@
-"""Small models of the three families."""
+"""Small models of the families."""
 
 import dataclasses
 
@@ -29,6 +29,11 @@ def glm_130b():
 @pytest.fixture(scope="session")
 def chatglm():
     return _model("chatglm-tiny")
+
+
+@pytest.fixture(scope="session")
+def glm_4():
+    return _model("glm-4-tiny")
 
 
 def _model(name):

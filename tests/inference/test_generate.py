@@ -67,6 +67,14 @@ def test_positions_follow_the_family(name, ids, position, block):
     assert row.advance_M.tolist() == [int(position[-1] == len(ids) - 1)]
 
 
+def test_positions_of_a_causal_model_count():
+    row = prompt_row(glmjax.get_config("glm-4-tiny"), [20, SOP, 22, MASK], "prompt")
+    assert (row.ids, row.opening, row.context) == ([20, SOP, 22], MASK, 0)
+    assert row.positions_2T[0].tolist() == [0, 1, 2]
+    assert row.start_M2[:, 0].tolist() == [3]
+    assert row.advance_M.tolist() == [1]
+
+
 def test_decode_equals_the_full_forward_at_every_split(model):
     config, params = model
     piece = np.random.default_rng(0).integers(20, 512, 9).tolist()
@@ -216,10 +224,14 @@ def test_a_model_without_special_tokens_is_refused(glm):
 
 
 @pytest.mark.parametrize(
-    "case", ["chatglm6b_small", pytest.param("chatglm6b_28layer", marks=pytest.mark.slow)]
-)
+    "case",
+    [
+        "chatglm6b_small", pytest.param("chatglm6b_28layer", marks=pytest.mark.slow),
+        "chatglm6b_ptuning", "chatglm6b_ptuning_projection",
+    ],
+)  # fmt: skip
 def test_chatglm_generates_the_official_tokens(case):
-    config, params, _ = load_model(case)
+    config, params = load_model(case)
     decoded = read_npz(case, "decode")
     pad = config.special_tokens.pad
     prompts = [ids[np.argmax(ids != pad) :].tolist() for ids in decoded["prompt_ids"]]
@@ -227,14 +239,14 @@ def test_chatglm_generates_the_official_tokens(case):
 
 
 def test_glm_generates_the_official_tokens():
-    config, params, _ = load_model("glm")
+    config, params = load_model("glm")
     decoded = read_npz("glm", "decode")
     prompt = [*decoded["context_ids"][0].tolist(), int(decoded["start_token"])]
     assert generate(config, params, [prompt], 8, GREEDY) == decoded["tokens"].tolist()
 
 
 def test_glm_130b_generates_the_official_tokens():
-    config, params, _ = load_model("glm130b")
+    config, params = load_model("glm130b")
     cases = json.loads((GOLDEN / "glm130b" / "generation.json").read_text())["cases"]
     greedy = [case for case in cases if case["strategy"] == "base"]
     prompts = [case["input"] for case in greedy]

@@ -99,6 +99,15 @@ def test_chatglm_fills_its_blank_without_other_special_tokens(chatglm):
     assert [text.pieces[0] for text in filled] == generate(config, params, prompts, LIMIT, GREEDY)
 
 
+def test_glm_4_continues_behind_the_opening_of_its_texts(glm_4):
+    config, params = glm_4
+    texts = [[30, 31, 32], [40, 41, GMASK], [MASK]]
+    filled = infill(config, params, texts, LIMIT, GREEDY)
+    prompts = [[GMASK, SOP, 30, 31, 32], [GMASK, SOP, 40, 41], [GMASK, SOP]]
+    assert [text.pieces[0] for text in filled] == generate(config, params, prompts, LIMIT, GREEDY)
+    assert filled[0].splice() == [30, 31, 32, *filled[0].pieces[0]]
+
+
 @pytest.mark.parametrize("name", ["glm_ending", "glm_130b_ending", "chatglm"])
 def test_a_batch_equals_each_text_alone(request, name):
     config, params = request.getfixturevalue(name)
@@ -184,13 +193,16 @@ def test_a_tokenizer_of_another_model_is_refused(glm):
     ("name", "text", "message"),
     [
         ("chatglm", [30, MASK, 31, GMASK], "text 1 has 2 blanks, but 'chatglm-tiny' fills one"),
+        ("glm_4", [30, MASK, 31], "text 1 has a blank before its end, but 'glm-4-tiny' only cont"),
         ("glm", [30, MASK, SOP], "text 1 holds <sop> .id 7., which only `generate` takes"),
         ("glm", [30, 600, MASK], "text 1 has token 600, but vocab_size = 512"),
         ("glm", [30] * 127 + [MASK], "text 1 of 130 tokens .* needs position 129"),
         ("glm_130b", [30] * 128 + [MASK, 31], "text 1 of 131 tokens .* needs position 130"),
     ],
-    ids=["chatglm-two-blanks", "sop", "vocabulary", "too-long", "too-long-130b"],
-)
+    ids=[
+        "chatglm-two-blanks", "glm-4-blank-inside", "sop", "vocabulary", "too-long", "too-long-130b"
+    ],
+)  # fmt: skip
 def test_unusable_texts_are_refused(request, name, text, message):
     config, params = request.getfixturevalue(name)
     with pytest.raises(ValueError, match=message):

@@ -74,6 +74,8 @@ CASES = [
     pytest.param({"dtype": "float32", "T": 4, "size": 20}, id="less-than-a-tile"),
     pytest.param({"dtype": "bfloat16", "T": 7, "batch": 2, "size": 1}, id="one-slot"),
     pytest.param({"dtype": "float32", "T": 6, "batch": 1}, id="empty-batch"),
+    pytest.param({"dtype": "bfloat16", "T": 16, "heads": 2, "K": 128}, id="shared-heads"),
+    pytest.param({"dtype": "int8", "T": 36, "heads": 2, "batch": 3}, id="shared-heads-int8"),
 ]
 
 
@@ -144,8 +146,8 @@ def test_tiles_change_nothing_but_roundings():
 
 
 def test_unusable_calls_are_refused():
-    with pytest.raises(ValueError, match="at most 8 queries per row, got 9"):
-        run(kernel, make_case("float32", T=9))
+    with pytest.raises(ValueError, match="at most 128 queries per row, got 129"):
+        run(kernel, make_case("float32", T=129))
     with pytest.raises(ValueError, match="must be a multiple of 128, got 100"):
         run(partial(kernel, tiles=DecodeTiles(4, 100)), make_case("float32"))
 

@@ -75,20 +75,21 @@ def test_dropout(generation):
     compile_absent(compile_passes, generation, [(2048, 128, "bfloat16")], 0.1)
 
 
-def compile_decode(generation, cases):
+def compile_decode(generation, cases, heads=32, queries=1):
     """Temporary bytes of decode attention, for cases of (cache size, head size, cache type)."""
     mesh = absent_mesh(generation)
     array = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, PartitionSpec()))
     temporaries = []
     for size, head_size, dtype in cases:
-        cache = array((2, 4, 32, size, head_size), dtype)
-        scales = [array((2, 4, 32, size), jnp.float32)] * 2 if dtype == "int8" else [None, None]
-        queries = array((4, 1, 32, head_size), "float32" if dtype == "float32" else "bfloat16")
-        bounds = [array((4, 1), jnp.int32)] * 2
+        cache = array((2, 4, heads, size, head_size), dtype)
+        scales = [array((2, 4, heads, size), jnp.float32)] * 2 if dtype == "int8" else [None, None]
+        q_dtype = "float32" if dtype == "float32" else "bfloat16"
+        q_BTHK = array((4, queries, heads, head_size), q_dtype)
+        bounds = [array((4, queries), jnp.int32)] * 2
         with jax.set_mesh(mesh):
             compiled = (
                 jax.jit(tpu_decode.attend_cache)
-                .lower(queries, cache, cache, array((), jnp.int32), *bounds, *scales)
+                .lower(q_BTHK, cache, cache, array((), jnp.int32), *bounds, *scales)
                 .compile()
             )
         temporaries.append(compiled.memory_analysis().temp_size_in_bytes)
@@ -103,6 +104,14 @@ def test_decoding_copies_no_cache(generation):
     for bytes in compile_absent(compile_decode, generation, cases):
         # One layer of the smallest cache is 4 x 32 x 2048 x 128 bytes.
         assert bytes < 4 * 32 * 2048 * 128 / 4
+
+
+@pytest.mark.parametrize("queries", [16, 128], ids=["one-token", "eight-tokens"])
+def test_decoding_with_shared_keys_copies_no_cache(queries):
+    """ChatGLM2-6B and GLM-4-9B: sixteen heads of queries share a head of keys."""
+    cases = [(32768, 128, dtype) for dtype in ("bfloat16", "float32", "int8")]
+    for bytes in compile_absent(partial(compile_decode, heads=2, queries=queries), "v5p", cases):
+        assert bytes < 4 * 2 * 32768 * 128 / 4
 
 
 def compile_training(generation):

@@ -1,4 +1,4 @@
-"""Small models of the three families and rows of packed pieces to feed them."""
+"""Small models of the four families and rows of packed pieces to feed them."""
 
 import itertools
 from typing import NamedTuple
@@ -27,7 +27,7 @@ class Rows(NamedTuple):
     piece_BT: np.ndarray
 
 
-@pytest.fixture(scope="session", params=["glm-tiny", "glm-130b-tiny", "chatglm-tiny"])
+@pytest.fixture(scope="session", params=["glm-tiny", "glm-130b-tiny", "chatglm-tiny", "glm-4-tiny"])
 def family(request) -> Family:
     """Every parameter differs from its neutral initial value, so that none can be left out."""
     config = glmjax.get_config(request.param, vocab_size=96, ffn_size=128)

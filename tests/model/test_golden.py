@@ -18,16 +18,16 @@ from golden_cases import (
     intervals,
     load_case,
     load_model,
+    official_arrays,
     read_npz,
 )
 
-from glmjax.config import GLMConfig
-from glmjax.interop.official import prefix_to_official, to_official
+from glmjax.config import GLMConfig, Quantization
 from glmjax.model import attention, transformer
-from glmjax.model.attention import BlankMask, KVCache
+from glmjax.model.attention import BlankMask
 from glmjax.model.layers import layer_norm, rotary
 from glmjax.model.params import Params
-from glmjax.model.prefix import PrefixEncoder, prefix_cache
+from glmjax.model.prefix import prefix_cache, start_cache
 from glmjax.training.loss import cross_entropy
 
 DEEP = pytest.param("chatglm6b_28layer", marks=pytest.mark.slow)
@@ -39,18 +39,10 @@ TUNED = [
 FORWARD = jax.jit(transformer.forward, static_argnums=0)
 
 
-def encode(case: Case, params: Params, prefix: PrefixEncoder | None) -> jax.Array:
-    """Final hidden states of a case's batch, behind its prefix where it has one."""
-    config, batch = case.config, case.batch
-    if prefix is None:
-        return transformer.encode(config, params, batch.tokens_BT, batch.positions_B2T, batch.mask)
-    rows, length = batch.tokens_BT.shape
-    cache = prefix_cache(config, prefix, rows, len(prefix.embedding) + length)
-    x_BTD, _ = transformer.extend(
-        config, params, cache, batch.tokens_BT, batch.positions_B2T,
-        batch.mask.after(cache.length_B), jnp.full(rows, length),
-    )  # fmt: skip
-    return x_BTD
+def encode(case: Case, params: Params) -> jax.Array:
+    """Final hidden states of a case's batch."""
+    batch = case.batch
+    return transformer.encode(case.config, params, batch.tokens_BT, batch.positions_B2T, batch.mask)
 
 
 class Run(NamedTuple):
@@ -69,19 +61,15 @@ def run(name: str) -> Run:
     config, batch = case.config, case.batch
     weights_BT = batch.weights_BT / batch.weights_BT.sum()
 
-    def loss(trained):
-        params, prefix = trained
-        x_BTD = encode(case, params, prefix)
+    def loss(params):
+        x_BTD = encode(case, params)
         table_VD = transformer.output_table(config, params)
         total, losses_BT = cross_entropy(x_BTD, table_VD, batch.targets_BT, weights_BT)
         return total, (losses_BT, transformer.logits(config, params, x_BTD))
 
     value_and_gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    (total, aux), (params, prefix) = value_and_gradients((case.params, case.prefix))
-    gradients = to_official(config, params)
-    if prefix is not None:
-        gradients |= prefix_to_official(config, prefix)
-    return Run(case, total, *aux, gradients)
+    (total, aux), gradients = value_and_gradients(case.params)
+    return Run(case, total, *aux, official_arrays(config, gradients))
 
 
 @pytest.mark.parametrize("name", MODELS + TUNED)
@@ -92,11 +80,11 @@ def test_logits(name):
     np.testing.assert_allclose(logits_BTV[real], expected_BTV[real], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS + TUNED)
 def test_logits_of_the_reference_attention(name):
     case = load_case(name, attention="reference")
-    x_BTD = jax.jit(functools.partial(encode, case))(case.params, None)
-    logits_BTV = transformer.logits(case.config, case.params, x_BTD)
+    batch = case.batch
+    logits_BTV = FORWARD(case.config, case.params, batch.tokens_BT, batch.positions_B2T, batch.mask)
     expected_BTV = case.batch.take(case.outputs["logits"])
     real = case.batch.real_BT
     np.testing.assert_allclose(logits_BTV[real], expected_BTV[real], rtol=0, atol=1e-4)
@@ -142,10 +130,8 @@ def test_hidden_states(name):
     config, batch, params = case.config, case.batch, case.params
     angles = rotary(config, batch.positions_B2T)
     rows = len(batch.tokens_BT)
-    cache, mask = KVCache.empty(config, rows, 0), batch.mask
-    if case.prefix is not None:
-        cache = prefix_cache(config, case.prefix, rows, len(case.prefix.embedding))
-        mask = mask.after(cache.length_B)
+    cache = start_cache(config, params, rows, 0)
+    mask = batch.mask.after(cache.length_B)
 
     @jax.jit
     def block(params_n, x_BTD, k_BHPK, v_BHPK):
@@ -174,7 +160,7 @@ def test_hidden_states(name):
 
 @pytest.mark.parametrize("name", ["chatglm6b_small", DEEP])
 def test_left_padded_rows(name):
-    config, params, _ = load_model(name)
+    config, params = load_model(name)
     inputs, outputs = read_npz(name, "inputs_leftpad"), read_npz(name, "outputs_leftpad")
     mask = intervals(~inputs["attention_mask"][:, 0])
     x_BTD = transformer.encode(config, params, inputs["input_ids"], inputs["position_ids"], mask)
@@ -207,17 +193,11 @@ def prompts(name: str) -> tuple[np.ndarray, ...]:
     return ids_BT, positions_B2T, length_B, decode["tokens"], steps_B2T, decode["step_logits"]
 
 
-def start(config: GLMConfig, prefix: PrefixEncoder | None, rows: int, size: int) -> KVCache:
-    if prefix is None:
-        return KVCache.empty(config, rows, size)
-    return prefix_cache(config, prefix, rows, size)
-
-
 @pytest.mark.parametrize("name", ["glm", "chatglm6b_small", DEEP, *TUNED])
 def test_decoding_with_the_cache(name):
-    config, params, prefix = load_model(name)
+    config, params = load_model(name)
     ids_BT, positions_B2T, length_B, tokens_BT, steps_B2T, expected_BTV = prompts(name)
-    cache = start(config, prefix, len(ids_BT), 32)
+    cache = start_cache(config, params, len(ids_BT), 32)
     context_B = length_B - 1  # everything before <sop>
     prefill, step = (
         jax.jit(functools.partial(function, config, params))
@@ -233,14 +213,19 @@ def test_decoding_with_the_cache(name):
 
 
 def test_a_prefix_must_fit_its_cache():
-    config, _, prefix = load_model("chatglm6b_ptuning")
+    config, params = load_model("chatglm6b_ptuning")
     with pytest.raises(ValueError, match="6 keys does not fit a cache of 5 slots"):
-        prefix_cache(config, prefix, batch=1, size=5)
+        prefix_cache(config, params.prefix, batch=1, size=5)
 
 
 @pytest.mark.parametrize("stored", ["model", "model_int8", "model_int4"])
 def test_quantised_weights(stored):
-    config, params, _ = load_model("chatglm6b_quantisation", stored)
+    config, params = load_model("chatglm6b_quantisation", stored)
+    bits = None if stored == "model" else int(stored.removeprefix("model_int"))
+    assert config.quantization == (bits and Quantization(bits))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == (
+        {"float32"} | ({"int8", "float16"} if bits else set())
+    )
     forward = read_npz("chatglm6b_quantisation", "forward")
     tokens_BT = forward["input_ids"]
     sop, gmask = config.special_tokens.sop, config.special_tokens.gmask

@@ -1,17 +1,19 @@
 """Layer norm, dropout, gradient scaling and rotary positions, number by number."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glmjax.config import GLMConfig
-from glmjax.model.layers import dropout, layer_norm, rotary, rotate, scale_gradient
+from glmjax.model.layers import dropout, layer_norm, rms_norm, rotary, rotate, scale_gradient
 from glmjax.model.params import LayerNorm
 
 KEY = jax.random.key(0)
 ROTARY = jax.jit(rotary, static_argnums=0)
-ROTATE = jax.jit(rotate)
+ROTATE = jax.jit(rotate, static_argnums=0)
 
 
 def test_layer_norm_of_bfloat16_has_float32_statistics():
@@ -26,6 +28,17 @@ def test_layer_norm_of_bfloat16_has_float32_statistics():
     exact = exact * params.scale + params.bias
     # One rounding to 8 bits at the end; 1e-4 covers float32 sums of 512 numbers around 50.
     assert np.all(np.abs(np.asarray(result, np.float64) - exact) <= 2**-8 * np.abs(exact) + 1e-4)
+
+
+def test_rms_norm_of_bfloat16_has_float32_statistics():
+    random = np.random.default_rng(0)
+    x_BTD = jnp.asarray(50 + random.standard_normal((2, 3, 512)), jnp.bfloat16)
+    params = LayerNorm(random.standard_normal(512, np.float32), None)
+    result = rms_norm(params, x_BTD, 0.5)
+    assert result.dtype == jnp.bfloat16
+    x = np.asarray(x_BTD, np.float64)
+    exact = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.5) * params.scale
+    assert np.all(np.abs(np.asarray(result, np.float64) - exact) <= 2**-8 * np.abs(exact))
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
@@ -67,18 +80,22 @@ def test_scale_gradient_multiplies_the_gradient_alone(scale, dtype):
     np.testing.assert_array_equal(gradient, cotangent * scale)
 
 
-def angles(positions: str, head_size: int, ids, frequencies: str = "float32"):
-    """Cosines and sines for rows of position ids [1 or 2, T]."""
-    config = GLMConfig(
+def one_head(positions: str, head_size: int, frequencies: str = "float32") -> GLMConfig:
+    return GLMConfig(
         hidden_size=head_size, num_heads=1, positions=positions, rope_frequencies=frequencies
     )
+
+
+def angles(config: GLMConfig, ids):
+    """Cosines and sines for rows of position ids [1 or 2, T]."""
     return ROTARY(config, np.atleast_2d(ids).astype(np.int32)[None])
 
 
 def turn(positions: str, x_TK: np.ndarray, ids, dtype=jnp.float32) -> np.ndarray:
     """Rotates one head [T, K]."""
     x_BTHK = jnp.asarray(x_TK, dtype)[None, :, None]
-    return np.asarray(ROTATE(x_BTHK, *angles(positions, x_TK.shape[-1], ids))[0, :, 0])
+    config = one_head(positions, x_TK.shape[-1])
+    return np.asarray(ROTATE(config, x_BTHK, *angles(config, ids))[0, :, 0])
 
 
 def test_rotation_pairs_the_two_halves():
@@ -91,6 +108,19 @@ def test_rotation_of_interleaved_pairs_is_another_order_of_the_same():
     np.testing.assert_allclose(turned, [[-1.272233, -1.838865, 2.878668, 4.088187]], atol=1e-6)
 
 
+def test_rope_half_turns_neighbours_of_the_first_half_alone():
+    turned = turn("rope_half", np.array([[1.0, 2, 3, 4, 5, 6, 7, 8]]), [3])
+    expected = [[-1.272233, -1.838865, 2.878668, 4.088187, 5, 6, 7, 8]]
+    np.testing.assert_allclose(turned, expected, atol=1e-6)
+
+
+def test_frequencies_are_powers_of_the_base():
+    config = dataclasses.replace(one_head("rope_half", 32), rope_base=5e6)
+    cos, sin = angles(config, [1])
+    expected = 5e6 ** (-np.arange(8) / 8)
+    np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0, 0], expected, rtol=1e-6)
+
+
 def test_rotation_is_computed_in_float32():
     x_TK = np.random.default_rng(0).standard_normal((5, 64), np.float32)
     x_TK = np.asarray(jnp.asarray(x_TK, jnp.bfloat16))
@@ -101,13 +131,13 @@ def test_rotation_is_computed_in_float32():
 
 def test_frequencies_are_rounded_to_float16_as_chatglm_does():
     ids = [[1, 1000], [0, 0]]
-    cos, sin = angles("rope_2d", 128, ids, "float16")
+    cos, sin = angles(one_head("rope_2d", 128, "float16"), ids)
     frequencies = np.arctan2(sin, cos)[0, 0, 0]
     np.testing.assert_allclose(
         frequencies[:6], [1, 0.75, 0.5625, 0.4216, 0.3162, 0.2372], atol=5e-5
     )
     np.testing.assert_allclose(cos[0, 1, 0, 1], -0.667, atol=5e-4)
-    cos, _ = angles("rope_2d", 128, ids, "float32")
+    cos, _ = angles(one_head("rope_2d", 128), ids)
     np.testing.assert_allclose(cos[0, 1, 0, 1], -0.585, atol=5e-4)
 
 
@@ -121,7 +151,9 @@ def test_rope_2d_turns_each_half_by_its_own_positions():
 
 
 @pytest.mark.parametrize(
-    ("positions", "shift"), [("rope_1d", [[60]]), ("rope_2d", [[60], [17]])], ids=["1d", "2d"]
+    ("positions", "shift"),
+    [("rope_1d", [[60]]), ("rope_2d", [[60], [17]]), ("rope_half", [[60]])],
+    ids=["1d", "2d", "half"],
 )
 def test_scores_depend_on_differences_of_positions(positions, shift):
     random = np.random.default_rng(0)
@@ -142,4 +174,4 @@ def test_scores_depend_on_differences_of_positions(positions, shift):
 
 
 def test_learned_positions_have_no_angles():
-    assert angles("learned_2d", 64, [[0], [0]]) is None
+    assert angles(one_head("learned_2d", 64), [[0], [0]]) is None

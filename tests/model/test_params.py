@@ -24,8 +24,12 @@ COUNTS = {
     "glm-130b": 128_697_794_560,
     "chatglm-6b": 6_173_286_400,
     "chatglm-6b-v0": 6_255_206_400,
+    "chatglm2-6b": 6_243_584_000,
+    "chatglm3-6b": 6_243_584_000,
+    "glm-4-9b": 9_399_951_360,
 }
 FAMILIES = ["glm-tiny", "glm-130b-tiny", "chatglm-tiny"]
+RELATIVE = "glm-4-tiny"
 OWN = [*FAMILIES, "glm-5m"]
 
 
@@ -42,7 +46,7 @@ def test_counts_with_an_output_layer_of_its_own(name, count):
 
 
 def test_every_preset_has_a_count():
-    assert set(list_configs()) == set(COUNTS) | set(OWN)
+    assert set(list_configs()) == set(COUNTS) | {*OWN, RELATIVE}
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -12,8 +12,9 @@ import glmjax
 from glmjax.config import GLMConfig, MeshConfig, replace
 from glmjax.model import attention, transformer
 from glmjax.model.attention import BlankMask, KVCache
-from glmjax.model.layers import layer_norm, rotary
-from glmjax.model.params import abstract_params, param_shardings
+from glmjax.model.layers import norm, rotary
+from glmjax.model.params import abstract_params, param_shardings, specs
+from glmjax.model.prefix import start_cache
 from glmjax.sharding import make_mesh
 
 FORWARD = jax.jit(transformer.forward, static_argnums=0)
@@ -127,7 +128,7 @@ def test_scanned_layers_are_a_loop_over_blocks(family, rows):
         for n in range(config.num_layers):
             params_n = jax.tree.map(lambda leaf, n=n: leaf[n], params.blocks)
             x_BTD, _ = transformer.block(config, params_n, x_BTD, angles, attend)
-        return layer_norm(params.final_norm, x_BTD, config.layer_norm_epsilon)
+        return norm(config, params.final_norm, x_BTD)
 
     scanned = ENCODE(config, params, rows.tokens_BT, rows.positions_B2T, rows.mask)
     assert_close(unrolled(params), np.asarray(scanned))
@@ -197,12 +198,12 @@ def test_a_mesh_changes_nothing(family, rows, expected):
     assert_close(jax.device_get(results), expected)
 
 
-def test_block_positions_matter_to_all_but_glm_130b(family, rows):
+def test_block_positions_matter_to_models_that_have_them(family, rows):
     config, params = family
     logits_BTV = FORWARD(config, params, rows.tokens_BT, rows.positions_B2T, rows.mask)
     moved_B2T = rows.positions_B2T + np.array([[0], [3]], np.int32) * (rows.positions_B2T > 0)
     moved_BTV = FORWARD(config, params, rows.tokens_BT, moved_B2T, rows.mask)
-    if config.positions == "rope_1d":
+    if config.positions in ("rope_1d", "rope_half"):
         np.testing.assert_array_equal(moved_BTV, logits_BTV)
         alone_BTV = FORWARD(config, params, rows.tokens_BT, rows.positions_B2T[:, :1], rows.mask)
         np.testing.assert_array_equal(alone_BTV, logits_BTV)
@@ -266,3 +267,43 @@ def test_extending_piece_by_piece_is_one_forward(family, rows, pieces):
     np.testing.assert_array_equal(done_B, LENGTH_B)
     real_BT = np.arange(16) < LENGTH_B[:, None]
     assert_close(pieced_BTD[real_BT], whole_BTD[real_BT])
+
+
+PREFIX = 5
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["plain", "projected"])
+@pytest.mark.parametrize("family", ["glm-tiny", "glm-4-tiny"], indirect=True)
+def test_a_prefix_is_a_cache_in_front_of_the_samples_that_start_their_rows(
+    family, rows, projection
+):
+    config = replace(family.config, prefix_length=PREFIX, prefix_projection=projection)
+    prefix = glmjax.init(config, jax.random.key(2)).prefix
+    params = family.params.replace(prefix=prefix)
+    inputs = rows.tokens_BT, rows.positions_B2T
+    whole_BTD = np.asarray(ENCODE(config, params, *inputs, rows.mask))
+
+    batch, length = rows.tokens_BT.shape
+    cache = start_cache(config, params, batch, length)
+    assert np.all(cache.length_B == PREFIX)
+    extended_BTD, _ = EXTEND(
+        config, params, cache, *inputs, rows.mask.behind(PREFIX), np.full(batch, length)
+    )
+    bare_BTD = np.asarray(ENCODE(family.config, family.params, *inputs, rows.mask))
+    first_BT, later_BT = rows.piece_BT == 0, rows.piece_BT > 0
+    assert later_BT.any()
+    real_BT = rows.piece_BT >= 0
+    assert_close(extended_BTD[real_BT], whole_BTD[real_BT])
+    assert_close(whole_BTD[later_BT], bare_BTD[later_BT])
+    assert np.all(np.any(np.abs(whole_BTD - bare_BTD)[first_BT] > 1e-3, axis=-1))
+
+
+def test_a_projected_prefix_has_the_published_sizes():
+    plain = specs(glmjax.get_config("chatglm-6b", prefix_length=128)).prefix
+    assert plain.embedding.shape == (128, 229_376)
+    projected = specs(
+        glmjax.get_config("chatglm-6b", prefix_length=128, prefix_projection=True)
+    ).prefix
+    assert sum(math.prod(spec.shape) for spec in jax.tree.leaves(projected)) == 957_059_072
+    shared = specs(glmjax.get_config("chatglm2-6b", prefix_length=128)).prefix
+    assert shared.embedding.shape == (128, 28 * 2 * 2 * 128)

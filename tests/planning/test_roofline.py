@@ -116,8 +116,18 @@ def test_throughput_follows_from_the_step_time():
     assert speed.tokens_per_second == 1024
 
 
-def test_model_flops_are_six_for_every_weight_and_token():
-    config = get_config("glm-130b")
-    weights = 70 * (4 * 12288**2 + 3 * 12288 * 32768) + 150528 * 12288
-    scores = 12 * 70 * 12288 * 2048
-    assert roofline.model_flops(config, 3, 2048) == 3 * 2048 * (6 * weights + scores)
+@pytest.mark.parametrize(
+    ("name", "weights", "scores"),
+    [
+        ("glm-130b", 70 * (4 * 12288**2 + 3 * 12288 * 32768) + 150528 * 12288, 70 * 12288 * 2048),
+        (
+            "glm-4-9b",
+            40 * (2 * 4096 * (4096 + 256) + 3 * 4096 * 13696) + 151552 * 4096,
+            40 * 4096 * 2048,
+        ),
+    ],
+    ids=["glm-130b", "shared-keys"],
+)
+def test_model_flops_are_six_for_every_weight_and_token(name, weights, scores):
+    flops = roofline.model_flops(get_config(name), 3, 2048)
+    assert flops == 3 * 2048 * (6 * weights + 12 * scores)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 from flax import struct
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -32,7 +33,7 @@ from glmjax.config import (
 from glmjax.model.params import Params, abstract_params, param_shardings
 from glmjax.presets import PRESETS
 from glmjax.sharding import make_mesh
-from glmjax.training.checkpoint import CheckpointError, Checkpoints, load_model, save_model
+from glmjax.training.checkpoint import CheckpointError, Checkpoints
 
 CONFIG = replace(PRESETS["glm-tiny"], num_layers=1, hidden_size=16, ffn_size=32, vocab_size=64)
 EXPERIMENT = Experiment(model=CONFIG, data=DataConfig(sequence_length=128))
@@ -242,8 +243,6 @@ def test_all_damaged_is_an_error_naming_them(run, state):
         pytest.raises(CheckpointError, match=r"every checkpoint in .*: 2: .*; 1: metadata.json"),
     ):
         checkpoints.restore_latest(abstract(state), EXPERIMENT)
-    with pytest.raises(CheckpointError, match="every checkpoint"):
-        load_model(run)
 
 
 @pytest.mark.parametrize(("next_step", "left"), [(2, [1, 2]), (3, [1, 3])], ids=["same", "later"])
@@ -332,6 +331,35 @@ def test_full_disk_is_one_error_and_harms_nothing(tmp_path, state, small_disk, s
     assert [path.name for path in tmp_path.iterdir()] == [str(step)]
 
 
+def test_nothing_is_printed(tmp_path, state, capfd, caplog):
+    with caplog.at_level(logging.INFO), Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, state, EXPERIMENT)
+        checkpoints.restore_latest(abstract(state), EXPERIMENT)
+    assert caplog.messages == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_large_layers_are_chunks(tmp_path):
+    """So that one of them can be read without the others; small ones stay together."""
+    shapes = {"kernel": (3, 512, 1024), "bias": (3, 1024)}
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    halves = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    blocks = {name: jnp.zeros(shape, device=halves) for name, shape in shapes.items()}
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(1, {"blocks": blocks, "step": jnp.int32(1)}, EXPERIMENT)
+    chunks = {
+        name: tensorstore.open(
+            {
+                "driver": "zarr",
+                "kvstore": {"driver": "ocdbt", "base": f"file://{tmp_path}/1/state"},
+                "path": f"blocks.{name}/",
+            }
+        ).result().chunk_layout.read_chunk.shape
+        for name in shapes
+    }  # fmt: skip
+    assert {name: chunk[0] for name, chunk in chunks.items()} == {"kernel": 1, "bias": 3}
+
+
 def test_folder_that_cannot_be_made_is_one_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot make the folder .*/file/checkpoints"):
@@ -385,7 +413,9 @@ def test_configuration_survives_json(name):
     config = PRESETS[name]
     experiment = Experiment(
         model=config,
-        objective=ObjectiveConfig(positions="1d" if config.positions == "rope_1d" else "2d"),
+        objective=ObjectiveConfig(
+            positions="1d" if config.positions in ("rope_1d", "rope_half") else "2d"
+        ),
         data=DataConfig(
             path=("a", "b"), weights=(1.0, 0.1), sequence_length=128, skip=("1:2", "5:6")
         ),
@@ -403,76 +433,3 @@ def test_unknown_and_missing_fields_of_json_are_named():
     with pytest.raises(ValueError, match="SpecialTokens lacks the field 'eop', 'eos'"):
         config_from_json(GLMConfig, {"special_tokens": {"mask": 1, "sop": 2, "pad": 3}})
     assert config_from_json(GLMConfig, {"num_layers": 3}) == GLMConfig(num_layers=3)
-
-
-# Models
-
-
-@pytest.mark.parametrize("part", ["", "checkpoints", "checkpoints/2"])
-def test_model_loads_from_a_run(run, state, part):
-    config, params = load_model(run / part)
-    assert config == CONFIG
-    assert_same_bits(params, state.params)
-    assert {x.sharding for x in jax.tree.leaves(params)} == {jnp.zeros(()).sharding}
-
-
-def test_model_loads_onto_the_ambient_mesh(run, state):
-    mesh = make_mesh(MeshConfig(data=2, tensor=2), jax.devices()[:4])
-    with jax.set_mesh(mesh):
-        _, params = load_model(run)
-    assert_same_bits(params, state.params)
-    assert jax.tree.map(lambda x: x.sharding, params) == param_shardings(CONFIG, mesh)
-
-
-@pytest.mark.parametrize("name", ["glm-tiny", "glm-130b-tiny"], ids=["tied", "untied"])
-def test_model_round_trip(tmp_path, name):
-    config = replace(PRESETS[name], tied_embeddings=name == "glm-tiny")
-    for seed in (0, 1):  # the second replaces the first
-        params = make_params(config, seed)
-        save_model(tmp_path / "model", config, params)
-        found_config, found = load_model(tmp_path / "model")
-        assert found_config == config
-        assert_same_bits(found, params)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-
-
-def test_model_overwrites_nothing_else(run, state):
-    (run / "empty").mkdir()
-    save_model(run / "empty", CONFIG, state.params)
-    for path in (run, run / "checkpoints", run / "checkpoints/2", run / "config.json"):
-        with pytest.raises(FileExistsError, match=f"{path} exists and is not a glmjax model"):
-            save_model(path, CONFIG, state.params)
-    assert restored_step(run / "checkpoints", state) == 2
-
-
-@leftover_writes
-def test_full_disk_keeps_the_old_model(tmp_path, state, small_disk):
-    save_model(tmp_path / "model", CONFIG, state.params)
-    large = replace(CONFIG, vocab_size=1 << 14)
-    with pytest.raises(CheckpointError, match=f"could not save {tmp_path}/model "):
-        save_model(tmp_path / "model", large, make_params(large))
-    assert_same_bits(load_model(tmp_path / "model")[1], state.params)
-
-
-def test_what_is_no_checkpoint_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="/absent does not exist"):
-        load_model(tmp_path / "absent")
-    (tmp_path / "file").write_text("")
-    for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ValueError, match=f"{path} is not a glmjax checkpoint"):
-            load_model(path)
-
-
-def test_damaged_model_is_refused(tmp_path, state):
-    save_model(tmp_path / "model", CONFIG, state.params)
-    flip_a_bit(tmp_path / "model/metadata.json")
-    with pytest.raises(CheckpointError, match=r"model is damaged: metadata.json has changed"):
-        load_model(tmp_path / "model")
-
-
-def test_nothing_is_printed(tmp_path, state, capfd, caplog):
-    with caplog.at_level(logging.INFO):
-        save_model(tmp_path / "model", CONFIG, state.params)
-        load_model(tmp_path / "model")
-    assert caplog.messages == []
-    assert capfd.readouterr() == ("", "")

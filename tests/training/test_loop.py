@@ -19,9 +19,10 @@ from glmjax.config import Experiment, config_from_json, replace
 from glmjax.data.tokenizers import load_tokenizer
 from glmjax.sharding import make_mesh
 from glmjax.training import loop
-from glmjax.training.checkpoint import Checkpoints, load_model
+from glmjax.training.checkpoint import Checkpoints
 from glmjax.training.loop import TrainingError, fit
 from glmjax.training.metrics import read_metrics
+from glmjax.training.model_folder import load_model
 from glmjax.training.step import TrainState, abstract_state
 
 TIMING = ("tokens_per_second", "flops_per_second", "model_flops_utilisation")

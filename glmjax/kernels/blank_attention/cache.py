@@ -17,8 +17,8 @@ from glmjax.config import AttentionImplementation
 from glmjax.kernels.blank_attention import decode_reference, tpu_cache, tpu_decode, uses_tpu
 from glmjax.sharding import per_device
 
-QUERIES = tpu_decode.QUERIES
-"""Most new tokens of a row that `attend_few` takes."""
+TOKENS = tpu_cache.FEW
+"""Most new tokens of a row for which `attend_few` is made."""
 
 _CACHE = ("layer", "batch", "heads")
 _TOKENS = ("batch", "length", "heads")
@@ -54,7 +54,7 @@ def attend_few(
     dtype: DTypeLike,
     implementation: AttentionImplementation,
 ) -> Decode:
-    """Attention of up to eight queries a row over one layer of caches of `size` slots.
+    """Attention of a few queries a row over one layer of caches of `size` slots.
 
     What depends on the intervals alone is made here, once for all layers.
     """

@@ -1,14 +1,14 @@
-"""Attention of one to eight new queries over a cache: a Pallas kernel for TPU.
+"""Attention of a few new queries over a cache: a Pallas kernel for TPU.
 
 Decoding is bound by reading keys and values once, so the kernel reads nothing else. Its steps are a
 list, made outside and prefetched as scalars: one step for each block of keys that some query of a
 row sees, row after row. The grid is as long as the list, and the copies of one row's last block
 overlap with the next row's first. The whole cache stays where it is in HBM; a step copies
 [heads, keys, K] of one layer and row. Scores are products with the keys as the stationary operand,
-[8 queries, keys] for each head, so that the softmax costs a few registers.
+[queries, keys] for each head, so that the softmax costs a few registers.
 
     grid     (groups of heads, steps)
-    scratch  output [h, 8, K], running maximum and sum [h, 8, 128] of the row in work
+    scratch  output [h, q, K], running maximum and sum [h, q, 128] of the row in work
 
 An int8 cache is scaled at the scores and at the weights, where a scale per key is a row vector.
 """
@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-QUERIES = 8
-"""Most queries of a call: the sublanes of a register."""
+SUBLANES = 8
+"""Queries are filled up to a multiple of the rows of a register."""
+QUERIES = 128
+"""Most queries of a call: eight tokens of sixteen heads that share their keys."""
 LANES = 128
 LOG2_E = 1.4426950408889634
 
@@ -45,7 +47,7 @@ class Steps(NamedTuple):
     copy_block_I: jax.Array
     count_1: jax.Array
     bounds_BT2: jax.Array
-    """First key and one past the last of each query, padded to eight queries."""
+    """First key and one past the last of each query, padded to whole registers."""
 
 
 def default_tiles(dtype: jax.typing.DTypeLike) -> DecodeTiles:
@@ -72,7 +74,7 @@ def make_steps(k_start_BT: jax.Array, k_end_BT: jax.Array, size: int, tiles: Dec
     bounds_BT2 = jnp.stack([k_start_BT, k_end_BT], -1)
     return Steps(
         row_I, copy_I // num_blocks, copy_I % num_blocks, end_B[-1:],
-        jnp.pad(bounds_BT2, ((0, 0), (0, QUERIES - T), (0, 0))),
+        jnp.pad(bounds_BT2, ((0, 0), (0, -T % SUBLANES), (0, 0))),
     )  # fmt: skip
 
 
@@ -90,14 +92,14 @@ def attend_cache(
     steps: Steps | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-    """Attention output [B, T, H, K] in the type of q over one layer of a cache; T is at most 8.
+    """Attention output [B, T, H, K] in the type of q over one layer of a cache; T is at most 128.
 
     The cache is float32, bfloat16, or int8 with a float32 scale per token and head, of any size.
     A query that sees no key gives zeros. `steps` are those of `make_steps` for the same mask and
     tiles, made once for many layers.
 
     Raises:
-        ValueError: there are more than eight queries, or tiles.keys is no multiple of 128.
+        ValueError: there are more than 128 queries, or tiles.keys is no multiple of 128.
     """
     B, T, H, K = q_BTHK.shape
     N, S = k_NBHSK.shape[0], k_NBHSK.shape[3]
@@ -112,7 +114,8 @@ def attend_cache(
     divisors = [n for n in range(multiple, tiles.heads + 1, multiple) if H % n == 0]
     h = H if H <= tiles.heads or not divisors else divisors[-1]
     s = min(tiles.keys, S)
-    q_BHTK = jnp.pad(jnp.swapaxes(q_BTHK, 1, 2), ((0, 0), (0, 0), (0, QUERIES - T), (0, 0)))
+    q_BHTK = jnp.pad(jnp.swapaxes(q_BTHK, 1, 2), ((0, 0), (0, 0), (0, -T % SUBLANES), (0, 0)))
+    q = q_BHTK.shape[2]
 
     def row_index(g, i, layer, row_I, copy_row_I, copy_block_I):
         return row_I[i], g, 0, 0
@@ -120,10 +123,10 @@ def attend_cache(
     def key_index(g, i, layer, row_I, copy_row_I, copy_block_I):
         return layer[0], copy_row_I[i], g, copy_block_I[i], 0
 
-    queries = pl.BlockSpec((None, h, QUERIES, K), row_index)
+    queries = pl.BlockSpec((None, h, q, K), row_index)
     keys = pl.BlockSpec((None, None, h, s, K), key_index)
     scales = pl.BlockSpec((None, None, h, s), lambda *args: key_index(*args)[:4])
-    bounds = pl.BlockSpec((None, QUERIES, 2), lambda *args: (row_index(*args)[0], 0, 0))
+    bounds = pl.BlockSpec((None, q, 2), lambda *args: (row_index(*args)[0], 0, 0))
     operands = [x for x in (k_NBHSK, v_NBHSK, k_scale_NBHS, v_scale_NBHS) if x is not None]
     out_BHTK = pl.pallas_call(
         partial(_kernel, size=S),
@@ -133,9 +136,9 @@ def attend_cache(
             in_specs=[bounds, queries, keys, keys, scales, scales][: 2 + len(operands)],
             out_specs=queries,
             scratch_shapes=[
-                pltpu.VMEM((h, QUERIES, K), jnp.float32),
-                pltpu.VMEM((h, QUERIES, LANES), jnp.float32),
-                pltpu.VMEM((h, QUERIES, LANES), jnp.float32),
+                pltpu.VMEM((h, q, K), jnp.float32),
+                pltpu.VMEM((h, q, LANES), jnp.float32),
+                pltpu.VMEM((h, q, LANES), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(q_BHTK.shape, q_BHTK.dtype),
@@ -174,7 +177,7 @@ def _kernel(
         def clear_what_lies_behind_the_cache():
             v_ref[:, size % s :] = jnp.zeros_like(v_ref[:, size % s :])
 
-    key_qk = block * s + jax.lax.broadcasted_iota(jnp.int32, (QUERIES, s), 1)
+    key_qk = block * s + jax.lax.broadcasted_iota(jnp.int32, (q_ref.shape[1], s), 1)
     visible_qk = (bounds_ref[:, :1] <= key_qk) & (key_qk < bounds_ref[:, 1:])
     # The matrix unit takes float32 and rounds it to bfloat16, which holds every int8: converting
     # int8 to float32 is half the work of converting it to bfloat16.
