@@ -68,7 +68,9 @@ def convert(
     if to != "glmjax":
         iteration = opened.folder.iteration if opened.folder else None
         official = Official(target, to, ranks, shard_bytes, iteration)
-    _write(official or target, config, parts, _fingerprint(opened), progress)
+    # Values and scales of a kernel come of one reading, which must not be done twice at a time.
+    threads = 1 if quantize in ("int8", "int4") else 2
+    _write(official or target, config, parts, _fingerprint(opened), progress, threads)
     for name in VOCABULARY_FILES:
         file = opened.path / name
         if file.is_file() and not (target / name).exists():
@@ -117,6 +119,7 @@ def _write(
     parts: Mapping[Key, Part],
     source: str | None,
     progress: Progress,
+    threads: int = 1,
 ) -> None:
     dtypes = {name: part.dtype for (name, _), part in parts.items()}
     if isinstance(target, Official):
@@ -131,7 +134,7 @@ def _write(
         left = {key: parts[key] for key in parts if key in writers}
         if not isinstance(target, Official):  # whose writers transpose, mostly back
             left = {key: _contiguous(part) for key, part in left.items()}
-        for key, array in read_ahead(left):
+        for key, array in read_ahead(left, threads):
             writers[key](array)
             done += sizes[key]
             progress(done, total)

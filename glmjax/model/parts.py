@@ -6,6 +6,7 @@ loading, converting and quantising are loops over keys, layer by layer.
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +19,9 @@ import numpy as np
 from glmjax.config import GLMConfig
 from glmjax.model.params import Params, ParamSpec, leaf_name, specs
 from glmjax.sharding import named_sharding
+
+AHEAD = 4
+"""Parts that are read ahead: from any kernel of a block to the next one, over what is small."""
 
 Key = tuple[str, int | None]
 """The dotted name of a parameter, and the layer; None where the parameter has no layers."""
@@ -62,17 +66,17 @@ def take_apart(config: GLMConfig, params: Params) -> dict[Key, Part]:
     return {key: part(key, spec) for key, spec in part_specs(config).items()}
 
 
-def read_ahead(parts: Mapping[Key, Part]) -> Iterator[tuple[Key, np.ndarray]]:
-    """Keys and arrays in order, each read in the background while the one before it is used."""
-    with ThreadPoolExecutor(1, "read-ahead") as executor:
-        waiting: tuple[Key, Future[np.ndarray]] | None = None
+def read_ahead(parts: Mapping[Key, Part], threads: int = 1) -> Iterator[tuple[Key, np.ndarray]]:
+    """Keys and arrays in order, read in the background while those before them are used."""
+    waiting: deque[tuple[Key, Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(threads, "read-ahead") as executor:
         for key, part in parts.items():
-            following = key, executor.submit(part.read)
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = following
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+            waiting.append((key, executor.submit(part.read)))
+            if len(waiting) > AHEAD:
+                key, future = waiting.popleft()
+                yield key, future.result()
+        for key, future in waiting:
+            yield key, future.result()
 
 
 def assemble(
