@@ -32,10 +32,15 @@ def open_file(file: Path) -> dict[str, Stored]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        RuntimeError: the package safetensors is missing.
         ValueError: the file is not a safetensors file, is cut short, or its header lies.
     """
-    from safetensors import SafetensorError, safe_open
-
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ModuleNotFoundError:
+        raise RuntimeError(
+            f'{file} needs the package safetensors: pip install "glmjax[interop]"'
+        ) from None
     check_weights_file(file)
     try:
         with safe_open(file, framework="numpy"):

@@ -1,6 +1,7 @@
 """safetensors files: read, laid out, and refused."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -177,3 +178,9 @@ def test_a_missing_file_and_a_folder(tmp_path):
         open_file(tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is not a file"):
         open_file(tmp_path)
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(RuntimeError, match=r'pip install "glmjax\[interop\]"'):
+        open_file(tmp_path / "model.safetensors")
