@@ -79,7 +79,7 @@ examples:
   glmjax inspect runs/quickstart
   glmjax inspect chatglm-6b --verify"""
 
-CONVERT_HELP = """Writes a model in another format, a layer at a time; of a model of 257 GB eight are in memory.
+CONVERT_HELP = """Writes a model in another format, a layer at a time; of the 257 GB of GLM-130B about six are in memory.
 
 SRC is anything that glmjax opens: a folder of glmjax, of Hugging Face (safetensors or .bin) or of
 tensor-parallel ranks (THUDM/GLM, GLM-130B), quantised or not. Bits stay as they are unless --dtype or
@@ -433,8 +433,8 @@ class ConvertFlags:
     """ranks: how many."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type of the floats; without it they stay what they are."""
-    quantize: Literal["int8", "int4", "none"] | None = None
-    """Make integers of the kernels in the blocks, by the official rule; none: make floats of them."""
+    quantize: Literal["int8", "int4", "float"] | None = None
+    """Make integers of the kernels in the blocks, by the official rule; float: make floats of them."""
     prefix: str | None = None
     """A P-tuning v2 checkpoint, whose prefix becomes part of the model."""
     shard_gigabytes: float = 5.0

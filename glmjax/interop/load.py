@@ -27,7 +27,7 @@ def load(
     quantised or not.
 
     Weights go to the devices layer by layer and keep the types of the file. `dtype` casts floats;
-    `quantize` turns the kernels of the blocks into int8 or int4 on the way, or "none" turns those
+    `quantize` turns the kernels of the blocks into int8 or int4 on the way, or "float" turns those
     of a quantised checkpoint back into floats. `prefix` is a P-tuning v2 checkpoint to put in front.
 
     Raises:

@@ -16,7 +16,7 @@ from glmjax.interop.quantization import dequantize, pack_int4, quantize, unpack_
 from glmjax.model.parts import Key, Part, part_specs
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Integers = Literal["int8", "int4", "none"]
+Integers = Literal["int8", "int4", "float"]
 Parts = Mapping[Key, Part]
 
 INPUTS = {
@@ -35,13 +35,13 @@ def transform(
 ) -> tuple[GLMConfig, Parts]:
     """The model with other types; None leaves those that it has.
 
-    `integers` is that of the kernels of the blocks, "none" makes floats of them. With `shards` the
+    `integers` is that of the kernels of the blocks, "float" makes floats of them. With `shards` the
     two kernels whose inputs tensor parallelism splits have a scale for each part.
 
     Raises:
         ValueError: the model has integers of another kind.
     """
-    if integers == "none" and config.quantization is not None:
+    if integers == "float" and config.quantization is not None:
         config, parts = _to_floats(config, parts, dtype or "float16")
     elif integers in ("int8", "int4"):
         wanted = Quantization(4 if integers == "int4" else 8, shards)
@@ -50,7 +50,7 @@ def transform(
         elif config.quantization != wanted:
             raise ValueError(
                 f"the model has kernels of {_name(config.quantization)}, which cannot become "
-                f"{_name(wanted)}: make floats of them first (none)"
+                f"{_name(wanted)}: make floats of them first (float)"
             )
     if dtype is not None:
         parts = {key: _cast(part, np.dtype(dtype), key) for key, part in parts.items()}

@@ -203,7 +203,10 @@ def _find(folder: epath.Path) -> epath.Path:
         return folder
     step = newest_whole(folder)[0] if folder.is_dir() else None
     if step is None:
-        raise ValueError(f"{folder} is not a glmjax checkpoint, nor does it hold any")
+        raise ValueError(
+            f"{folder} holds no model: no checkpoint of glmjax, and no official weights "
+            "(model.safetensors, pytorch_model.bin, mp_rank_XX_model_states.pt)"
+        )
     return folder / str(step)
 
 

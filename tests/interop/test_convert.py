@@ -101,7 +101,7 @@ def test_scales_of_ranks_go_to_as_many_ranks_or_more(ranks, tmp_path):
         return
     convert(source, tmp_path / "ranks", "ranks", ranks=ranks)
     floats = [
-        glmjax.load(path, quantize="none", dtype="float32")[1]
+        glmjax.load(path, quantize="float", dtype="float32")[1]
         for path in (source, tmp_path / "ranks")
     ]
     assert_same(*floats)

@@ -219,7 +219,7 @@ def test_interrupted_work_goes_on_with_the_rest(tmp_path):
     done = interrupt(tmp_path / "model", parts, after=7)
     with pytest.raises(FileNotFoundError, match="/model does not exist"):
         load_model(tmp_path / "model")
-    with pytest.raises(ValueError, match="is not a glmjax checkpoint"):
+    with pytest.raises(ValueError, match="holds no model"):
         load_model(tmp_path / "model.unfinished")
     done += interrupt(tmp_path / "model", parts, after=0)
     rest = write(tmp_path / "model", parts)
@@ -335,7 +335,7 @@ def test_killed_five_times_it_ends_with_the_same_bits(tmp_path):
         assert process.returncode == -signal.SIGKILL, process.stderr
         left.append(int(process.stdout))
         assert not path.exists()
-        with pytest.raises(ValueError, match="is not a glmjax checkpoint"):
+        with pytest.raises(ValueError, match="holds no model"):
             load_model(tmp_path / "model.unfinished")
     assert left == sorted(left, reverse=True)
     write(path, parts, LARGER)
@@ -560,7 +560,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
         open_model(tmp_path / "absent")
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file"):
-        with pytest.raises(ValueError, match=f"{path} is not a glmjax checkpoint"):
+        with pytest.raises(ValueError, match=f"{path} holds no model"):
             open_model(path)
 
 
