@@ -58,7 +58,7 @@ def assert_nothing_looks_finished(target: Path) -> None:
     unfinished = target.with_name(f"{target.name}.unfinished")
     weights = [file for file in unfinished.rglob("*") if file.suffix in (".pt", ".safetensors")]
     for path in (unfinished, *weights):
-        with pytest.raises(ValueError, match=r"unfinished (is the beginning|is not a glmjax)"):
+        with pytest.raises(ValueError, match=r"unfinished (is the beginning|holds no model)"):
             glmjax.load(path)
 
 
