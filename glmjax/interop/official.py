@@ -47,8 +47,9 @@ def read_parts(
         ValueError: lists every missing, unexpected, wrongly shaped and wrongly typed tensor; or,
             when a part is read, it holds NaN or infinity.
     """
-    _raise_problems(find_problems(config, family, ranks), source)
-    return _parts(config, find_places(config, family, len(ranks)), ranks)
+    places = find_places(config, family, len(ranks))
+    _raise_problems(_compare(places, ranks, _copy(config, family)), source)
+    return _parts(config, places, ranks)
 
 
 def read_prefix(config: GLMConfig, tensors: Tensors, source: object) -> dict[Key, Part]:
@@ -74,17 +75,21 @@ def part_writers(
     A tied output layer that the format stores beside the word embedding is written with it.
     """
     places = find_places(config, family, len(ranks))
-    output = name_of(family, "output_embedding")
-    if config.tied_embeddings and output is not None and output in ranks[0]:
+    copy = _copy(config, family)
+    if copy is not None and copy in ranks[0]:
         key: Key = ("word_embedding", None)
-        places[key] = [*places[key], replace(places[key][0], tensor=output)]
+        places[key] = [*places[key], replace(places[key][0], tensor=copy)]
     return {key: partial(_write, found, ranks) for key, found in places.items()}
 
 
 def find_problems(config: GLMConfig, family: Family, ranks: Sequence[Tensors]) -> list[str]:
     """Every way in which the tensors of the ranks are not those of the model, a line each."""
-    copy = name_of(family, "output_embedding") if config.tied_embeddings else None
-    return _compare(find_places(config, family, len(ranks)), ranks, copy)
+    return _compare(find_places(config, family, len(ranks)), ranks, _copy(config, family))
+
+
+def _copy(config: GLMConfig, family: Family) -> str | None:
+    """The tensor that may hold the word embedding a second time, as a tied output layer."""
+    return name_of(family, "output_embedding") if config.tied_embeddings else None
 
 
 def _compare(places: Places, ranks: Sequence[Tensors], copy: str | None = None) -> list[str]:

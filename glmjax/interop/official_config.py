@@ -117,7 +117,7 @@ def read_config(
         if family == "glm" and (table := tensors.get("transformer.position_embeddings.weight")):
             shape["max_positions"] = table.shape[0] - 1
         config = replace(base, **shape, **options, special_tokens=tokens)
-        config = replace(config, **_prefix(tensors))
+        config = replace(config, **prefix_settings(tensors))
         return family, replace(config, quantization=_quantization(config, tensors, num_ranks))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: {error}") from None
@@ -302,13 +302,12 @@ def _special_tokens(
     return SpecialTokens(**ids) if {"mask", "sop", "eop", "eos"} <= ids.keys() else None
 
 
-def _prefix(tensors: Tensors) -> dict[str, Any]:
+def prefix_settings(tensors: Tensors) -> dict[str, Any]:
+    """Length and kind of the P-tuning v2 prefix among tensors; length 0 where there is none."""
     embedding = tensors.get(f"{PREFIX}embedding.weight")
-    if embedding is None:
-        return {"prefix_length": 0, "prefix_projection": False}
     return {
-        "prefix_length": embedding.shape[0],
-        "prefix_projection": f"{PREFIX}trans.0.weight" in tensors,
+        "prefix_length": 0 if embedding is None else embedding.shape[0],
+        "prefix_projection": embedding is not None and f"{PREFIX}trans.0.weight" in tensors,
     }
 
 

@@ -68,7 +68,7 @@ def find_places(config: GLMConfig, family: Family, num_ranks: int = 1) -> Places
         for n in range(config.num_layers) if "{n}" in name else [None]:
             rows: dict[str, int] = defaultdict(int)
             for weight in weights:
-                for key, suffix, layout_ in _leaves(weight, n, config):
+                for key, suffix, layout_ in _leaves(weight, n):
                     if key in specs:
                         place = _place(
                             name.format(n=n) + suffix, layout_, specs[key], weight.entry,
@@ -95,19 +95,13 @@ def tensor_shapes(places: Places) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _leaves(weight: Weight, n: int | None, config: GLMConfig) -> Iterator[tuple[Key, str, str]]:
-    """Key, suffix of the official name and layout of what stands for a weight. Integers have the
-    name of their matrix, their scales, one for each row, a name beside it."""
-    if (
-        weight.parameter.endswith(".kernel")
-        and config.quantization
-        and "blocks" in weight.parameter
-    ):
-        rows = layout.axes_of_rows(weight.layout).replace("embed", "stream")
-        yield (f"{weight.parameter}.values", n), "", weight.layout
-        yield (f"{weight.parameter}.scale", n), SCALE, f"(group {rows})"
-    else:
-        yield (weight.parameter, n), "", weight.layout
+def _leaves(weight: Weight, n: int | None) -> Iterator[tuple[Key, str, str]]:
+    """Key, suffix of the official name and layout of what may stand for a weight: itself, or its
+    integers under the same name and their scales, one for each row, under a name beside it."""
+    rows = layout.axes_of_rows(weight.layout).replace("embed", "stream")
+    yield (weight.parameter, n), "", weight.layout
+    yield (f"{weight.parameter}.values", n), "", weight.layout
+    yield (f"{weight.parameter}.scale", n), SCALE, f"(group {rows})"
 
 
 def _place(

@@ -10,6 +10,7 @@ from glmjax.config import replace as replace_config
 from glmjax.interop.folders import OfficialFolder, open_folder
 from glmjax.interop.names import PREFIX, Family, family_of
 from glmjax.interop.official import find_model, read_parts, read_prefix
+from glmjax.interop.official_config import prefix_settings
 from glmjax.model.parts import Key, Part
 from glmjax.training.model_folder import open_model
 
@@ -75,10 +76,6 @@ def _with_prefix(source: Source, path: Path) -> Source:
         raise ValueError(f"{path} holds no P-tuning prefix: {PREFIX}embedding.weight is missing")
     if family_of(source.config) != "chatglm-6b":
         raise ValueError(f"{path} holds a prefix for ChatGLM-6B, which {source.path} is not")
-    config = replace_config(
-        source.config,
-        prefix_length=tensors[f"{PREFIX}embedding.weight"].shape[0],
-        prefix_projection=f"{PREFIX}trans.0.weight" in tensors,
-    )
+    config = replace_config(source.config, **prefix_settings(tensors))
     parts = read_prefix(config, tensors, path)
     return replace(source, config=config, parts={**source.parts, **parts})

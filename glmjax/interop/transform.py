@@ -13,17 +13,12 @@ import numpy as np
 
 from glmjax.config import GLMConfig, Quantization
 from glmjax.interop.quantization import dequantize, pack_int4, quantize, unpack_int4
+from glmjax.model.params import ParamSpec
 from glmjax.model.parts import Key, Part, part_specs
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Integers = Literal["int8", "int4", "float"]
 Parts = Mapping[Key, Part]
-
-INPUTS = {
-    "qkv": ("embed",), "q": ("embed",), "kv": ("embed",), "attention_out": ("heads", "head"),
-    "ffn_in": ("embed",), "ffn_out": ("mlp",),
-}  # fmt: skip
-"""The axes of each kernel of a block that its product sums over."""
 
 
 def transform(
@@ -72,56 +67,50 @@ def _cast(part: Part, dtype: np.dtype, key: Key) -> Part:
 def _to_integers(config: GLMConfig, parts: Parts) -> tuple[GLMConfig, Parts]:
     """Quantised parts; values and scale of a kernel, which follow each other, come of one reading."""
     assert config.quantization is not None
-    bits, shards = config.quantization.bits, config.quantization.shards
-    dense = part_specs(replace(config, quantization=None))
+    bits, specs = config.quantization.bits, part_specs(config)
 
     @functools.lru_cache(maxsize=1)
-    def quantized(key: Key) -> tuple[np.ndarray, np.ndarray]:
-        axes, names = dense[key].axes, _inputs(key)
-        groups = 1 if names == ("embed",) else shards
-        inputs = [axes.index(name) for name in names]
-        values, scale = quantize(parts[key].read(), inputs, bits, groups)
-        return (pack_int4(values, inputs[-1]) if bits == 4 else values), scale
+    def quantized(kernel: Key) -> dict[str, np.ndarray]:
+        inputs, groups = _inputs_and_groups(specs, kernel)
+        values, scale = quantize(parts[kernel].read(), inputs, bits, groups)
+        return {"values": pack_int4(values, inputs[-1]) if bits == 4 else values, "scale": scale}
 
-    changed = {}
-    for key, spec in part_specs(config).items():
-        name, n = key
-        kernel: Key = (name.rpartition(".")[0], n)
+    def part(key: Key, spec: ParamSpec) -> Part:
         if key in parts:
-            changed[key] = parts[key]
-        else:
-            which = name.endswith(".scale")
-            changed[key] = Part(
-                spec.shape, np.dtype(spec.dtype),
-                functools.partial(lambda kernel, which: quantized(kernel)[which], kernel, which),
-            )  # fmt: skip
-    return config, changed
+            return parts[key]
+        kernel, _, leaf = key[0].rpartition(".")
+        return Part(spec.shape, np.dtype(spec.dtype), lambda: quantized((kernel, key[1]))[leaf])
+
+    return config, {key: part(key, spec) for key, spec in specs.items()}
 
 
 def _to_floats(config: GLMConfig, parts: Parts, dtype: Dtype) -> tuple[GLMConfig, Parts]:
     assert config.quantization is not None
-    bits = config.quantization.bits
-    dense = replace(config, quantization=None)
+    bits, specs = config.quantization.bits, part_specs(config)
 
-    def read(key: Key, inputs: list[int]) -> np.ndarray:
-        name, n = key
-        values, scale = (parts[f"{name}.{leaf}", n].read() for leaf in ("values", "scale"))
+    def read(kernel: Key) -> np.ndarray:
+        values, scale = (parts[key].read() for key in _values_and_scale(kernel))
+        inputs, _ = _inputs_and_groups(specs, kernel)
         if bits == 4:
             values = unpack_int4(values, inputs[-1])
         return dequantize(values, scale, inputs, dtype)
 
-    changed = {}
-    for key, spec in part_specs(dense).items():
-        if key in parts:
-            changed[key] = parts[key]
-        else:
-            inputs = [spec.axes.index(name) for name in _inputs(key)]
-            changed[key] = Part(
-                spec.shape, np.dtype(dtype), functools.partial(read, key, inputs)
-            )  # fmt: skip
-    return dense, changed
+    def part(key: Key, spec: ParamSpec) -> Part:
+        return parts.get(key) or Part(spec.shape, np.dtype(dtype), lambda: read(key))
+
+    config = replace(config, quantization=None)
+    return config, {key: part(key, spec) for key, spec in part_specs(config).items()}
 
 
-def _inputs(key: Key) -> tuple[str, ...]:
-    """Input axes of a kernel such as blocks.qkv.kernel."""
-    return INPUTS[key[0].split(".")[1]]
+def _values_and_scale(kernel: Key) -> tuple[Key, Key]:
+    name, n = kernel
+    return (f"{name}.values", n), (f"{name}.scale", n)
+
+
+def _inputs_and_groups(specs: Mapping[Key, ParamSpec], kernel: Key) -> tuple[list[int], int]:
+    """The axes of a kernel that its product sums over, which its scale lacks, and into how many
+    groups with a scale each they are cut."""
+    values, scale = (specs[key] for key in _values_and_scale(kernel))
+    outputs = ["embed" if axis == "stream" else axis for axis in scale.axes]
+    inputs = [i for i, axis in enumerate(values.axes) if axis not in outputs]
+    return inputs, scale.shape[0]
