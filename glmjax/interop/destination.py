@@ -5,10 +5,8 @@ disk, from which an interrupted conversion goes on; it gets its name when it is 
 """
 
 import contextlib
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +27,8 @@ from glmjax.interop.places import find_places, tensor_shapes
 from glmjax.interop.tensors import Stored
 from glmjax.model.layers import rotary_frequencies
 from glmjax.model.parts import Key
-from glmjax.training.checkpoint import failure_reported
+from glmjax.training.checkpoint import UNFINISHED, failure_reported
+from glmjax.training.journal import open_journal
 
 SHARD_BYTES = 5 * 10**9
 """Size of one safetensors file, as Hugging Face has it."""
@@ -74,23 +73,23 @@ def create_official(
     types = {name: np.dtype(dtype).name for name, dtype in dtypes.items()}
     kind = [target.format, target.num_ranks, target.shard_bytes, target.iteration]
     head = json.dumps([source, *kind, config_to_json(config), types])
-    folder = path.with_name(path.name + ".unfinished")
-    with _open_journal(folder, head, source is not None) as (journal, finished):
-        if not finished:
-            _empty(folder)
+    folder = path.with_name(path.name + UNFINISHED)
+    journal, lines = open_journal(folder / JOURNAL, head, keep=source is not None)
+    with journal:
+        if not lines:
             with failure_reported(epath.Path(folder), keep=True):
                 _create_files(folder, config, family, target, sizes)
         ranks = _open_files(folder, target, sizes)
         writers = part_writers(config, family, ranks)
         files = {stored.file for tensors in ranks for stored in tensors.values()}
-        done = set(finished)
+        done = {(name, layer) for name, layer in map(json.loads, lines)}
         waiting: list[Key] = []
         noted: list[Future[None]] = []
 
         def note(keys: Sequence[Key]) -> None:
             for file in files:
                 _sync(file)
-            journal.writelines(f"{json.dumps(key)}\n" for key in keys)
+            journal.writelines(f"{json.dumps(key)}\n".encode() for key in keys)
             journal.flush()
             done.update(keys)
 
@@ -214,36 +213,6 @@ def _open_files(folder: Path, target: Official, sizes: Sizes) -> Sequence[Mappin
         return [torch_files.open_file(file) for file in files]
     shards = [safetensors_files.open_file(file) for file in files]
     return [{name: stored for shard in shards for name, stored in shard.items()}]
-
-
-@contextlib.contextmanager
-def _open_journal(folder: Path, head: str, keep: bool) -> Iterator[tuple[Any, list[Key]]]:
-    """The journal, open for more, and the parts that it has if they are of this work."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / JOURNAL, "a+") as journal:
-        try:
-            fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RuntimeError(f"another process is writing {folder}") from None
-        journal.seek(0)
-        text = journal.read()
-        found, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]  # one may be cut short
-        if found != head or not keep:
-            found, lines = head, []
-        journal.truncate(0)
-        journal.write("".join(f"{line}\n" for line in [found, *lines]))
-        journal.flush()
-        keys = [json.loads(line) for line in lines]
-        yield journal, [(name, layer) for name, layer in keys]
-
-
-def _empty(folder: Path) -> None:
-    """Removes the remains of other work."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != JOURNAL:
-            path.unlink()
 
 
 def _sync(file: Path) -> None:

@@ -7,10 +7,8 @@ from which an interrupted conversion goes on.
 """
 
 import contextlib
-import fcntl
 import functools
 import json
-import logging
 import math
 import os
 import shutil
@@ -41,8 +39,7 @@ from glmjax.training.checkpoint import (
     save_tree,
     versions,
 )
-
-logger = logging.getLogger(__name__)
+from glmjax.training.journal import open_journal
 
 JOURNAL = "checksums-so-far.txt"
 
@@ -69,7 +66,7 @@ def create_model(
     folder = target.with_name(target.name + UNFINISHED)
     expected = part_specs(config)
     keep = source is not None
-    journal, sums = _open_journal(folder, config, dtypes, source)
+    journal, sums = _resume(folder, config, dtypes, source)
     noted: list[Future[None]] = []
 
     def left() -> list[Key]:
@@ -226,42 +223,18 @@ def _describe(key: Key) -> str:
     return name if layer is None else f"{name} of layer {layer}"
 
 
-def _open_journal(
+def _resume(
     folder: epath.Path, config: GLMConfig, dtypes: Mapping[str, Any], source: str | None
 ) -> tuple[IO[bytes], dict[str, str]]:
     """The list of whole parts, open for more, and the checksums of those that it has by file."""
-    file = folder / JOURNAL
     types = {name: np.dtype(dtype).name for name, dtype in dtypes.items()}
     head = json.dumps({"source": source, "model": config_to_json(config), "types": types})
-    if file.exists():
-        journal = _open_locked(file)
-        text = file.read_text()
-        whole = text[: text.rfind("\n") + 1]  # a line may have been cut short
-        found, *lines = whole.splitlines() or [""]
-        if source is not None and found == head:
-            os.truncate(file, len(whole.encode()))
-            sums = dict(map(checksums.parse, lines))
-            return journal, {name: sum for name, sum in sums.items() if (folder / name).exists()}
-        journal.close()
-        logger.warning("removed %s: it was of another source or other settings", folder)
-    with failure_reported(folder):
-        if folder.exists():
-            folder.rmtree()
-        _create_arrays(folder, config, dtypes)
-        journal = _open_locked(file)
-        journal.write(f"{head}\n".encode())
-        journal.flush()
-    return journal, {}
-
-
-def _open_locked(file: epath.Path) -> IO[bytes]:
-    journal = file.open("ab")
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        journal.close()
-        raise CheckpointError(f"another process is writing {file.parent}") from error
-    return journal
+    journal, lines = open_journal(Path(folder / JOURNAL), head, keep=source is not None)
+    if not lines:
+        with failure_reported(folder):
+            _create_arrays(folder, config, dtypes)
+    sums = dict(map(checksums.parse, lines))
+    return journal, {name: sum for name, sum in sums.items() if (folder / name).exists()}
 
 
 def _check_space(
