@@ -20,6 +20,7 @@ Dtype = Literal["float32", "bfloat16"]
 AttentionImplementation = Literal["auto", "reference", "blockwise", "tpu", "tokamax", "cudnn"]
 Remat = Literal["none", "matmuls", "ffn", "attention", "block"]
 Saved = Literal["qkv", "attention", "attention_out", "ffn_in", "ffn_out"]
+Kernel = Literal["qkv", "attention_out", "ffn_in", "ffn_out"]
 
 Config = TypeVar("Config")
 
@@ -55,18 +56,52 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Kernels of the blocks as integers with a scale per output (GLM-130B section 4)."""
+    """Matrices as integers with a scale per output (GLM-130B section 4)."""
 
     bits: Literal[4, 8]
     """Width of an integer; two of 4 bits share a byte."""
     shards: int = 1
-    """attention_out and ffn_out have a scale for each of so many equal parts of their inputs:
+    """attention_out and ffn_out have scales for each of so many equal parts of their inputs:
     GLM-130B's shards were quantised one by one."""
+    scheme: Literal["absmax", "zeropoint"] = "absmax"
+    """absmax: integers are centred on 0, as in the published models. zeropoint: on the middle of the
+    weights that share a scale (GLM-130B equations 9 to 11)."""
+    group_size: int | None = None
+    """So many inputs that follow each other share a scale; None: all. In attention_out whole heads."""
+    kernels: tuple[Kernel, ...] = ("qkv", "attention_out", "ffn_in", "ffn_out")
+    """Matrices of a block that become integers; qkv: all for queries, keys and values."""
+    embeddings: bool = False
+    """Word embedding and output layer become integers too, with scales for each word."""
+    float_layers: tuple[int, ...] = ()
+    """Blocks, from 0, that stay floats."""
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8):
             raise ValueError(f"quantization.bits must be 4 or 8, got {self.bits}")
         _require_positive(self, "shards", "quantization.")
+        if self.scheme not in ("absmax", "zeropoint"):
+            raise ValueError(
+                f"quantization.scheme must be 'absmax' or 'zeropoint', got {self.scheme!r}"
+            )
+        if self.group_size is not None:
+            _require_positive(self, "group_size", "quantization.")
+        unknown = sorted(set(self.kernels) - set(get_args(Kernel)))
+        if unknown:
+            raise ValueError(
+                f"quantization.kernels takes {', '.join(get_args(Kernel))}, got {unknown[0]!r}"
+            )
+        if not (self.kernels or self.embeddings):
+            raise ValueError("quantization needs kernels or embeddings")
+        # Sets, whatever their order: equal configurations compare equal.
+        ordered = tuple(kernel for kernel in get_args(Kernel) if kernel in self.kernels)
+        object.__setattr__(self, "kernels", ordered)
+        object.__setattr__(self, "float_layers", tuple(sorted(set(self.float_layers))))
+
+    def groups(self, kernel: Kernel | Literal["embeddings"], inputs: int) -> int:
+        """How many parts of so many inputs of a kernel have a scale each."""
+        if self.group_size is not None:
+            return inputs // self.group_size
+        return self.shards if kernel in ("attention_out", "ffn_out") else 1
 
 
 @dataclass(frozen=True)
@@ -117,7 +152,7 @@ class GLMConfig:
     prefix_projection: bool = False
     """The prefix is made from embeddings by two layers."""
     quantization: Quantization | None = None
-    """How the kernels of the blocks are stored as integers; None: as they are."""
+    """Which matrices are stored as integers, and how; None: none."""
     initializer_scale: float = 0.02
     """Standard deviation of the normal initialisers of embeddings and of pre-norm projections."""
     embedding_dropout: float = 0.1
@@ -218,6 +253,37 @@ class GLMConfig:
                 raise ValueError(
                     f"quantization to 4 bits needs an even {name}, got {getattr(self, name)}"
                 )
+        for layer in self.quantization.float_layers:
+            if not 0 <= layer < self.num_layers:
+                raise ValueError(
+                    f"quantization.float_layers has {layer}, and there are layers 0 to "
+                    f"{self.num_layers - 1}"
+                )
+        self._check_group_size(self.quantization)
+
+    def _check_group_size(self, quantization: Quantization) -> None:
+        size, shards = quantization.group_size, quantization.shards
+        if size is None:
+            return
+        kernels = quantization.kernels
+        inputs = {}
+        if kernels != ("ffn_out",):
+            inputs["hidden_size"] = self.hidden_size
+        if "attention_out" in kernels and shards > 1:
+            inputs[f"hidden_size / {shards} shards"] = self.hidden_size // shards
+        if "ffn_out" in kernels:
+            name = f"ffn_size / {shards} shards" if shards > 1 else "ffn_size"
+            inputs[name] = self.ffn_size // shards
+        for name, count in inputs.items():
+            if count % size:
+                raise ValueError(
+                    f"quantization.group_size = {size} does not divide {name} = {count}"
+                )
+        if "attention_out" in kernels and size % self.head_size:
+            raise ValueError(
+                f"quantization.group_size = {size} is no multiple of the head size "
+                f"{self.head_size}: groups of attention_out are whole heads"
+            )
 
 
 @dataclass(frozen=True)

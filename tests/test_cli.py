@@ -11,17 +11,25 @@ import jax
 import pytest
 import tiny_run
 import tiny_vocabularies
+from jax.experimental.compilation_cache import compilation_cache
 
 from glmjax import get_config, init, save
-from glmjax.cli import load_experiment, main
+from glmjax.cli import COMMANDS, main
+from glmjax.cli.experiments import load_experiment
 from glmjax.config import Experiment, replace
+from glmjax.data.tokenizers import load_tokenizer
 from glmjax.presets import GPT2_TOKENS
 
 
 @pytest.fixture(autouse=True)
-def hooks(monkeypatch):
-    """The program sets this one for its whole process."""
+def settings(monkeypatch, tmp_path):
+    """What the program sets for its whole process."""
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +58,7 @@ def run_main(capsys, *arguments) -> tuple[int, str, str]:
 def test_overview_names_every_command(capsys, arguments):
     status, out, _ = run_main(capsys, *arguments)
     assert status == 0
-    assert all(f"\n  {command} " in out for command in ("train", "infill", "bench"))
+    assert all(f"\n  {command} " in out for command in COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +100,14 @@ def test_help_of_an_experiment_explains_fields_and_shows_its_values(capsys, expe
         (["infill", "--checkpoint", "nowhere", "a [MASK]"], "nowhere"),
         (["infill", "--checkpoint", "RUN", "--top-p", "2", "a [MASK]"], "top_p must be in (0, 1]"),
         (["infill", "--checkpoint", "RUN", "--beams", "2", "a [MASK]"], "--beams"),
+        (
+            ["infill", "--num-beams", "2", "--top-k", "3", "--checkpoint", "RUN", "a [MASK]"],
+            "--top-k has no meaning with --num-beams",
+        ),
+        (
+            ["infill", "--length-penalty", "0", "--checkpoint", "RUN", "a [MASK]"],
+            "--length-penalty has no meaning without --num-beams",
+        ),
         (["bench", "speed"], "speed"),
         (["bench"], "What to measure"),
         (["bench", "attention"], "say what to do with attention: --gpu, --static or --tune"),
@@ -149,6 +165,20 @@ def test_infill_draws_by_seed(capsys, run):
 
     assert draw(1) == draw(1)
     assert len({draw(seed) for seed in range(4)}) > 1
+
+
+def test_infill_searches_and_forbids(capsys, run):
+    def fill(*flags):
+        text = "ka lo [gMASK]"
+        flags = ("--checkpoint", run, "--max-new-tokens", 8, "--min-new-tokens", 8, *flags)
+        return run_main(capsys, "infill", *flags, text)
+
+    status, greedy, _ = fill()
+    assert status == 0
+    banned = load_tokenizer(run).encode_prompt(greedy.strip())
+    assert fill("--ban", *banned)[1] != greedy
+    assert fill("--repetition-penalty", 9)[1] != greedy
+    assert fill("--num-beams", 2, "--no-repeat-ngram", 1)[0] == 0
 
 
 def test_infill_from_one_checkpoint_of_a_run(capsys, run):

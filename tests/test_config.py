@@ -44,6 +44,26 @@ def test_replace_reaches_into_nested_fields():
             lambda: GLMConfig(hidden_size=12, num_heads=4, ffn_size=8, quantization=Quantization(4)),
             "to 4 bits needs an even head_size, got 3",
         ),
+        (lambda: Quantization(4, scheme="max"), "scheme must be 'absmax' or 'zeropoint', got 'max'"),
+        (lambda: Quantization(4, group_size=0), "quantization.group_size must be positive, got 0"),
+        (lambda: Quantization(4, kernels=("qkv", "ffn")), "kernels takes qkv, .*, ffn_out, got 'ffn'"),
+        (lambda: Quantization(4, kernels=()), "needs kernels or embeddings"),
+        (
+            lambda: GLMConfig(quantization=Quantization(4, float_layers=(3, 12))),
+            "float_layers has 12, and there are layers 0 to 11",
+        ),
+        (
+            lambda: GLMConfig(quantization=Quantization(4, group_size=500)),
+            "group_size = 500 does not divide hidden_size = 768",
+        ),
+        (
+            lambda: GLMConfig(quantization=Quantization(4, 4, group_size=256)),
+            "group_size = 256 does not divide hidden_size / 4 shards = 192",
+        ),
+        (
+            lambda: GLMConfig(quantization=Quantization(4, group_size=32)),
+            "group_size = 32 is no multiple of the head size 64",
+        ),
         (lambda: GLMConfig(remat="none", saved=("qkv",)), r"saved = \('qkv',\) .* than 'none'"),
         (lambda: glmjax.get_config("glm-base", vocab_size=200), "sop = 30522 .* vocab_size = 200"),
         (lambda: glmjax.get_config("glm-bas"), "'glm-bas'; the nearest is 'glm-base'"),

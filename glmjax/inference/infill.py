@@ -2,7 +2,8 @@
 
 GLM keeps one cache: each piece is appended behind the pieces before it, as in training. GLM-130B
 learns one piece per text, so each piece is put in the place of its blank and the text is read again
-for the next one. ChatGLM-6B knows one blank, and its successors only continue a text.
+for the next one. ChatGLM-6B knows one blank, and its successors only continue a text. A beam search
+decides for the best piece of a blank before the next blank is searched.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from glmjax.config import GLMConfig, SpecialTokens
+from glmjax.inference.beam import BeamSearch, search_rows
 from glmjax.inference.generate import advance, begin, new_ids
 from glmjax.inference.prompts import (
     Row,
@@ -58,9 +60,9 @@ def infill(
     params: Params,
     texts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling | BeamSearch = Sampling(),  # noqa: B008 (frozen)
 ) -> list[Filled]:
-    """Fills the blanks of texts, each with at most max_new_tokens.
+    """Fills the blanks of texts, each with at most max_new_tokens, drawn or by beam search.
 
     A text is token ids with mask tokens anywhere; one without gets [gMASK], or [MASK] where the
     vocabulary lacks it, at its end. Nothing else is expected: the special tokens of the family's
@@ -68,20 +70,21 @@ def infill(
 
     Raises:
         ValueError: a text needs positions that the model lacks, or has two blanks for ChatGLM-6B, or
-            one before its end for its successors.
+            one before its end for its successors; a banned id is outside the vocabulary.
     """
+    check_ids(config, sampling.banned, "banned")
     opened = [_open(config, ids, f"text {i}") for i, ids in enumerate(texts)]
     streams = random_streams([text.ids for text in opened])
     if not opened:
         return []
-    if config.positions == "rope_1d":
+    if config.positions == "rope_1d" or isinstance(sampling, BeamSearch):
         return _fill_in_turn(config, params, opened, max_new_tokens, sampling, streams)
     rows = []
     for i, text in enumerate(opened):
         rows.append(_row(config, text.ids, text.blanks))
         check_positions(config, rows[-1], max_new_tokens, f"text {i}")
     decoding = begin(config, params, rows, max_new_tokens, sampling, streams)
-    decoding = advance(config, params, decoding, sampling)
+    decoding = advance(config, params, decoding)
     return [
         replace(text, pieces=pieces)
         for text, pieces in zip(opened, new_ids(decoding, rows), strict=True)
@@ -94,7 +97,7 @@ def infill_text(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    sampling: Sampling | BeamSearch = Sampling(),  # noqa: B008 (frozen)
 ) -> list[str]:
     """Texts with every [MASK], [sMASK] and [gMASK] filled; one without is continued.
 
@@ -128,8 +131,11 @@ def _open(config: GLMConfig, ids: Sequence[int], name: str) -> Filled:
     return Filled(ids, blanks, [])
 
 
-def _row(config: GLMConfig, ids: list[int], blanks: list[int]) -> Row:
-    """The family's layout around a text, with the blanks that are to be filled."""
+def _row(
+    config: GLMConfig, ids: list[int], blanks: list[int], pieces: Sequence[list[int]] = ()
+) -> Row:
+    """The family's layout around a text whose first blanks have pieces and whose others are to be
+    filled."""
     tokens = special_tokens(config)
     if config.positions == "rope_half":
         opening = [id for id in (tokens.gmask, tokens.sop) if id is not None]
@@ -139,7 +145,9 @@ def _row(config: GLMConfig, ids: list[int], blanks: list[int]) -> Row:
     unclosed = {"learned_2d": (tokens.gmask,), "rope_1d": tokens.masks, "rope_2d": (ids[-1],)}
     if ids[-1] not in unclosed[config.positions]:
         ids = [*ids, tokens.eos]
-    return lay_out(config, ids + [tokens.sop] * len(blanks), blanks, num_open=len(blanks))
+    filled = [id for piece in pieces for id in (tokens.sop, *piece)]
+    num_open = len(blanks) - len(pieces)
+    return lay_out(config, [*ids, *filled, *[tokens.sop] * num_open], blanks, num_open)
 
 
 def _fill_in_turn(
@@ -147,25 +155,33 @@ def _fill_in_turn(
     params: Params,
     texts: list[Filled],
     max_new_tokens: int,
-    sampling: Sampling,
+    sampling: Sampling | BeamSearch,
     streams: list[tuple[int, ...]],
 ) -> list[Filled]:
-    """Fills the first blank of every text, puts the pieces in their places, and goes on with the
-    next blank of those that have one."""
+    """Fills the first blank of every text, then goes on with the next blank of those that have one."""
     texts = list(texts)
     for k in range(max(len(text.blanks) for text in texts)):
         open_texts = [i for i, text in enumerate(texts) if k < len(text.blanks)]
-        rows = []
-        for i in open_texts:
-            ids, blanks, pieces = texts[i].ids, texts[i].blanks, texts[i].pieces
-            so_far = Filled(ids, blanks[:k], pieces).splice()
-            blank = blanks[k] + sum(len(piece) - 1 for piece in pieces)
-            rows.append(_row(config, so_far, [blank]))
-            check_positions(config, rows[-1], max_new_tokens, f"text {i}")
-        decoding = begin(
-            config, params, rows, max_new_tokens, sampling, [(*streams[i], k) for i in open_texts]
-        )
-        drawn = new_ids(advance(config, params, decoding, sampling), rows)
-        for i, (piece,) in zip(open_texts, drawn, strict=True):
+        rows = [_next_row(config, texts[i]) for i in open_texts]
+        for i, row in zip(open_texts, rows, strict=True):
+            check_positions(config, row, max_new_tokens, f"text {i}")
+        if isinstance(sampling, BeamSearch):
+            found = search_rows(config, params, rows, max_new_tokens, sampling)
+            drawn = [beams[0].ids for beams in found]
+        else:
+            its_streams = [(*streams[i], k) for i in open_texts]
+            decoding = begin(config, params, rows, max_new_tokens, sampling, its_streams)
+            drawn = [pieces[0] for pieces in new_ids(advance(config, params, decoding), rows)]
+        for i, piece in zip(open_texts, drawn, strict=True):
             texts[i] = replace(texts[i], pieces=[*texts[i].pieces, piece])
     return texts
+
+
+def _next_row(config: GLMConfig, text: Filled) -> Row:
+    """The row of the first blank without a piece. In GLM-130B the pieces so far are part of the
+    text, elsewhere they stand behind it."""
+    ids, blanks, pieces = text.ids, text.blanks, text.pieces
+    if config.positions != "rope_1d":
+        return _row(config, ids, blanks[: len(pieces) + 1], pieces)
+    blank = blanks[len(pieces)] + sum(len(piece) - 1 for piece in pieces)
+    return _row(config, Filled(ids, blanks[: len(pieces)], pieces).splice(), [blank])

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glmjax.config import GLMConfig
+from glmjax.interop import lora as adapters
 from glmjax.interop.destination import SHARD_BYTES, Official, create_official
 from glmjax.interop.folders import expected_sha256, verify_sha256
 from glmjax.interop.layout import contiguous
 from glmjax.interop.source import Format, Source, open_source
-from glmjax.interop.transform import Dtype, Integers, transform
+from glmjax.interop.transform import Dtype, Quantize, transform
 from glmjax.model.params import Params
 from glmjax.model.parts import Key, Part, read_ahead, take_apart
 from glmjax.training.model_folder import create_model
@@ -37,8 +38,9 @@ def convert(
     *,
     ranks: int = 1,
     dtype: Dtype | None = None,
-    quantize: Integers | None = None,
+    quantize: Quantize | None = None,
     prefix: str | Path | None = None,
+    lora: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
     verify: bool = False,
     progress: Progress = lambda done, total: None,
@@ -59,6 +61,8 @@ def convert(
         FileNotFoundError, ValueError, CheckpointError, RuntimeError: as `load`.
     """
     opened = open_source(source, prefix)
+    if lora is not None:
+        opened = adapters.merge(opened, lora, quantize)
     if verify:
         verify_checksums(opened.path)
     shards = ranks if to == "ranks" else 1
@@ -69,8 +73,9 @@ def convert(
         iteration = opened.folder.iteration if opened.folder else None
         official = Official(target, to, ranks, shard_bytes, iteration)
     # Values and scales of a kernel come of one reading, which must not be done twice at a time.
-    threads = 1 if quantize in ("int8", "int4") else 2
-    _write(official or target, config, parts, _fingerprint(opened), progress, threads)
+    threads = 2 if quantize in (None, "float") else 1
+    sources = _fingerprint(opened, prefix, lora)
+    _write(official or target, config, parts, sources, progress, threads)
     for name in VOCABULARY_FILES:
         file = opened.path / name
         if file.is_file() and not (target / name).exists():
@@ -145,12 +150,14 @@ def _contiguous(part: Part) -> Part:
     return part._replace(read=lambda: contiguous(part.read()))
 
 
-def _fingerprint(source: Source) -> str:
-    """A text that changes when the files of the source do."""
+def _fingerprint(source: Source, *added: str | Path | None) -> str:
+    """A text that changes when the files of the source do, or those of what is added to it."""
     if source.folder is not None:
         files = list(source.folder.files)
     else:
         files = sorted(file for file in source.path.rglob("*") if file.is_file())
+    for path in (Path(path).expanduser() for path in added if path is not None):
+        files += sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [(str(file.resolve()), file.stat()) for file in files]
     text = json.dumps([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats])
     return hashlib.sha256(text.encode()).hexdigest()

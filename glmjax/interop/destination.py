@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 from etils import epath
 
-from glmjax.config import GLMConfig, config_to_json
+from glmjax.config import GLMConfig, Quantization, config_to_json
 from glmjax.interop import safetensors_files, torch_files
 from glmjax.interop.folders import JOURNAL
 from glmjax.interop.names import INPUT, INV_FREQ, OUTPUT, Family, family_of
@@ -25,6 +25,7 @@ from glmjax.interop.official import part_writers
 from glmjax.interop.official_config import official_fields
 from glmjax.interop.places import find_places, tensor_shapes
 from glmjax.interop.tensors import Stored
+from glmjax.interop.transform import describe
 from glmjax.model.layers import rotary_frequencies
 from glmjax.model.parts import Key
 from glmjax.training.checkpoint import UNFINISHED, failure_reported
@@ -66,6 +67,7 @@ def create_official(
         ValueError: no official format holds such a model, or a part was left out.
     """
     family = family_of(config)
+    _check_quantization(config)
     path = target.path.expanduser().absolute()
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists; not overwriting it")
@@ -114,6 +116,15 @@ def create_official(
     if path.exists():
         path.rmdir()
     folder.rename(path)
+
+
+def _check_quantization(config: GLMConfig) -> None:
+    kind = config.quantization
+    if kind is not None and kind != Quantization(kind.bits, kind.shards):
+        raise ValueError(
+            f"no official format holds a model in {describe(kind)}: only all kernels of the blocks by "
+            "absmax, with a scale for each row of a rank"
+        )
 
 
 def _tensor_sizes(

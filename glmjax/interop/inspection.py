@@ -16,6 +16,7 @@ from glmjax.interop.folders import OfficialFolder, open_folder
 from glmjax.interop.names import PREFIX, Family
 from glmjax.interop.official import find_model, find_problems
 from glmjax.interop.source import holds_prefix_alone
+from glmjax.interop.transform import describe
 from glmjax.model.params import count_params
 from glmjax.presets import PRESETS
 from glmjax.training.model_folder import open_model
@@ -109,11 +110,10 @@ def _model(config: GLMConfig, family: Family | None) -> dict[str, Any]:
     name = config.name
     if name not in PRESETS and family is not None:
         name = f"{family} of another size"
-    bits = config.quantization
     return {
         "model": name,
         "parameters": count_params(config),
-        "quantization": bits and f"int{bits.bits}, {bits.shards} scales a row of split inputs",
+        "quantization": config.quantization and describe(config.quantization),
         "prefix_length": config.prefix_length,
     }
 

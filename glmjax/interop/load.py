@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from glmjax.config import GLMConfig
+from glmjax.interop import lora as adapters
 from glmjax.interop.source import open_source
-from glmjax.interop.transform import Dtype, Integers, transform
-from glmjax.model.params import Params
+from glmjax.interop.transform import Dtype, Quantize, transform
+from glmjax.model.params import STORED, Params, decoding_arrangement
 from glmjax.model.parts import Key, assemble
 
 
@@ -15,8 +16,10 @@ def load(
     path: str | Path,
     *,
     dtype: Dtype | None = None,
-    quantize: Integers | None = None,
+    quantize: Quantize | None = None,
     prefix: str | Path | None = None,
+    lora: str | Path | None = None,
+    for_decoding: bool = False,
     progress: Callable[[Key], Any] = lambda key: None,
 ) -> tuple[GLMConfig, Params]:
     """The configuration and parameters of a model, on the mesh of `jax.set_mesh` if set.
@@ -27,8 +30,12 @@ def load(
     quantised or not.
 
     Weights go to the devices layer by layer and keep the types of the file. `dtype` casts floats;
-    `quantize` turns the kernels of the blocks into int8 or int4 on the way, or "float" turns those
-    of a quantised checkpoint back into floats. `prefix` is a P-tuning v2 checkpoint to put in front.
+    `quantize` turns the kernels of the blocks into int8 or int4 on the way, or what a `Quantization`
+    says into integers of its kind; "float" turns those of a quantised checkpoint back into floats.
+    `prefix` is a P-tuning v2 checkpoint to put in front, `lora` a folder with a LoRA adapter of PEFT
+    that is added to the kernels before they are cast or quantised. With `for_decoding` the
+    parameters lie as decoding is fastest on the platform, see `Arrangement`; training and notebooks
+    that look at `params.blocks` want them as they are stored.
 
     Raises:
         FileNotFoundError: nothing is there, or a file of it is missing.
@@ -37,5 +44,8 @@ def load(
         RuntimeError: .bin and .pt files need PyTorch 2.10.
     """
     source = open_source(path, prefix)
+    if lora is not None:
+        source = adapters.merge(source, lora, quantize)
     config, parts = transform(source.config, source.parts, dtype, quantize)
-    return config, assemble(config, parts, progress)
+    arrangement = decoding_arrangement() if for_decoding else STORED
+    return config, assemble(config, parts, progress, arrangement)

@@ -1,63 +1,98 @@
-"""Weights stored as integers with one scale per output row (GLM-130B section 4, chatglm-6b-int4).
+"""Weights stored as integers with scales for each output row (GLM-130B section 4, chatglm-6b-int4).
 
-Symmetric absmax: scale = max |w| / (2^(bits - 1) - 1) in float16, integers are w / scale rounded to
-even. An int4 matrix keeps two columns in a byte, the even one in the high half, as two's complement.
+Absmax: scale = max |w| / (2^(bits - 1) - 1) in float16, integers are w / scale rounded to even.
+Zero-point (GLM-130B equations 9 to 11): scale = (max - min) / (2^bits - 2) in float16,
+zero = round(min / scale) + 2^(bits - 1) - 1, integers are round(w / scale) - zero.
+An int4 matrix keeps two columns in a byte, the even one in the high half, as two's complement.
 Sources: THUDM/GLM-130B `quantization/`, Hugging Face THUDM/chatglm-6b `quantization.py`.
 """
 
-from collections.abc import Sequence
+import math
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from glmjax.interop import layout
+_BLOCK = 2**17
+"""Weights that are quantised at a time: as many as fit a processor's own cache in float32."""
 
-_BLOCK = 2**21
-"""Weights that are quantised at a time."""
+
+class Integers(NamedTuple):
+    """A kernel as integers [*outputs, *inputs], of 4 bits packed; scale and zero [group, *outputs]."""
+
+    values: np.ndarray
+    scale: np.ndarray
+    zero: np.ndarray | None
 
 
 def quantize(
-    kernel: np.ndarray, inputs: Sequence[int], bits: int, groups: int = 1
-) -> tuple[np.ndarray, np.ndarray]:
-    """int8 values and float16 scale [groups, *outputs] of a kernel whose axes `inputs` are summed
-    over; the first of them is cut into groups with a scale each.
+    kernel: np.ndarray,
+    num_inputs: int,
+    bits: int,
+    groups: int = 1,
+    scheme: Literal["absmax", "zeropoint"] = "absmax",
+) -> Integers:
+    """A kernel [*outputs, *inputs], of whose axes the last `num_inputs` are summed over, as integers;
+    the first of these is cut into groups with a scale each.
 
-    float16 weights give the bits of the official code, which divides and rounds in float16.
+    float16 weights give, by absmax, the bits of the official code, which divides and rounds in
+    float16.
     """
-    outputs = [axis for axis in range(kernel.ndim) if axis not in inputs]
-    values = np.empty(kernel.shape, np.int8)
-    scale = np.empty((groups, *(kernel.shape[axis] for axis in outputs)), np.float16)
-    # A block at a time, because all of it in float32 would be large.
-    axis = max(outputs, key=lambda axis: kernel.shape[axis])
-    length = kernel.shape[axis]
-    step = max(1, length * _BLOCK // max(1, kernel.size))
+    outputs = kernel.shape[: kernel.ndim - num_inputs]
+    per_byte = 8 // bits
+    values = np.empty((*kernel.shape[:-1], kernel.shape[-1] // per_byte), np.int8)
+    scale = np.empty((groups, *outputs), np.float16)
+    zero = np.empty((groups, *outputs), np.float32) if scheme == "zeropoint" else None
+    # A block at a time, because all of it in float32 would be large, and slow.
+    axis = outputs.index(max(outputs))
+    step = max(1, outputs[axis] * _BLOCK // max(1, kernel.size))
 
     def quantize_block(first: int) -> None:
         block = (slice(None),) * axis + (slice(first, first + step),)
-        rows = (slice(None),) * (1 + outputs.index(axis)) + (slice(first, first + step),)
-        numbers, scale[rows] = _quantize(kernel[block], inputs, bits, groups)
-        layout.copy_into(values[block], numbers)
+        weights = kernel[block]
+        rows = weights.reshape(-1, groups, math.prod(kernel.shape[-num_inputs:]) // groups)
+        numbers, row_scale, row_zero = _quantize(rows, bits, scheme)
+        if bits == 4:
+            numbers = pack_int4(numbers.reshape(len(numbers), -1))
+        values[block] = numbers.reshape(*weights.shape[:-1], -1)
+        per_group = (groups, *weights.shape[: len(outputs)])
+        scale[:, *block] = row_scale.T.reshape(per_group)
+        if zero is not None:
+            zero[:, *block] = row_zero.T.reshape(per_group)
 
     with ThreadPoolExecutor() as executor:
-        list(executor.map(quantize_block, range(0, length, step)))
-    return values, scale
+        list(executor.map(quantize_block, range(0, outputs[axis], step)))
+    return Integers(values, scale, zero)
 
 
 def _quantize(
-    kernel: np.ndarray, inputs: Sequence[int], bits: int, groups: int
-) -> tuple[np.ndarray, np.ndarray]:
-    at, limit = inputs[0], 2 ** (bits - 1) - 1
-    grouped = kernel.reshape(*kernel.shape[:at], groups, -1, *kernel.shape[at + 1 :])
-    blocks = _to_float32(np.moveaxis(grouped, at, 0))
-    largest = np.abs(blocks).max(axis=tuple(axis + 1 for axis in inputs), keepdims=True)
-    scale = (largest / np.float32(limit)).astype(np.float16)
-    blocks /= np.where(scale == 0, np.float16(1), scale).astype(np.float32)
-    if kernel.dtype == np.float16:
-        _round_to_float16(blocks)
-    # Only a scale below the normal numbers of float16 is so coarse that this cuts anything.
-    values = np.clip(np.rint(blocks, out=blocks), -limit, limit, out=blocks).astype(np.int8)
-    outputs = [n for axis, n in enumerate(kernel.shape) if axis not in inputs]
-    return np.moveaxis(values, 0, at).reshape(kernel.shape), scale.reshape(groups, *outputs)
+    rows: np.ndarray, bits: int, scheme: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """int8 values [row, group, input], float16 scales and float32 zeros [row, group]."""
+    limit = 2 ** (bits - 1) - 1
+    numbers = _to_float32(rows)
+    if scheme == "zeropoint":
+        smallest, largest = numbers.min(-1, keepdims=True), numbers.max(-1, keepdims=True)
+        scale = ((largest - smallest) / np.float32(2 * limit)).astype(np.float16)
+        # Where all weights are one number, that is the scale.
+        scale = np.where(scale == 0, np.abs(largest).astype(np.float16), scale)
+        steps = np.where(scale == 0, np.float16(1), scale).astype(np.float32)
+        zero = np.rint(smallest / steps) + np.float32(limit)
+    else:
+        largest = np.abs(numbers).max(-1, keepdims=True)
+        scale = (largest / np.float32(limit)).astype(np.float16)
+        steps = np.where(scale == 0, np.float16(1), scale).astype(np.float32)
+        zero = np.zeros_like(steps)
+    numbers /= steps
+    if scheme == "absmax" and rows.dtype == np.float16:
+        _round_to_float16(numbers)
+    np.rint(numbers, out=numbers)
+    if scheme == "zeropoint":
+        numbers -= zero
+    # A scale that float16 rounded down cuts the last of zero-point; of absmax only one below the
+    # normal numbers of float16 is so coarse that anything is cut.
+    values = np.clip(numbers, -limit, limit, out=numbers).astype(np.int8)
+    return values, scale[..., 0], zero[..., 0]
 
 
 def _to_float32(numbers: np.ndarray) -> np.ndarray:
@@ -82,31 +117,30 @@ def _round_to_float16(numbers: np.ndarray) -> None:
 
 
 def dequantize(
-    values: np.ndarray, scale: np.ndarray, inputs: Sequence[int], dtype: np.typing.DTypeLike
+    integers: Integers, num_inputs: int, bits: int, dtype: np.typing.DTypeLike
 ) -> np.ndarray:
     """The kernel of `quantize`, multiplied and rounded in `dtype`.
 
     The official GPU code multiplies in float16; float32 is what its scale and integers say.
     """
-    at, groups = inputs[0], scale.shape[0]
-    grouped = values.reshape(
-        *values.shape[:at], groups, values.shape[at] // groups, *values.shape[at + 1 :]
-    )
-    outputs = [1 if i in inputs else n for i, n in enumerate(values.shape)]
-    per_group = np.moveaxis(scale.reshape(groups, *outputs), 0, at)
-    return (grouped.astype(dtype) * per_group.astype(dtype)).reshape(values.shape)
+    values, scale, zero = integers
+    if bits == 4:
+        values = unpack_int4(values)
+    groups, outputs = scale.shape[0], values.shape[: values.ndim - num_inputs]
+    grouped = values.reshape(*outputs, groups, -1)
+    if zero is None:
+        numbers = grouped.astype(dtype)
+    else:
+        numbers = (grouped + np.moveaxis(zero, 0, -1)[..., None]).astype(dtype)
+    return (numbers * np.moveaxis(scale, 0, -1)[..., None].astype(dtype)).reshape(values.shape)
 
 
-def pack_int4(values: np.ndarray, axis: int = -1) -> np.ndarray:
-    """Pairs along an axis in one byte each, from int8 with values -8..7."""
-    pairs = np.moveaxis(values, axis, -1)
-    even, odd = pairs[..., ::2], pairs[..., 1::2]
-    return np.moveaxis((even << 4) | (odd & 0x0F), -1, axis)
+def pack_int4(values: np.ndarray) -> np.ndarray:
+    """Pairs along the last axis in one byte each, from int8 with values -8..7."""
+    return (values[..., ::2] << 4) | (values[..., 1::2] & 0x0F)
 
 
-def unpack_int4(packed: np.ndarray, axis: int = -1) -> np.ndarray:
+def unpack_int4(packed: np.ndarray) -> np.ndarray:
     """The inverse of `pack_int4`."""
-    pairs = np.moveaxis(packed, axis, -1)
-    high, low = pairs >> 4, (pairs << 4) >> 4  # shifts of int8 keep the sign
-    values = np.stack([high, low], axis=-1).reshape(*pairs.shape[:-1], -1)
-    return np.moveaxis(values, -1, axis)
+    high, low = packed >> 4, (packed << 4) >> 4  # shifts of int8 keep the sign
+    return np.stack([high, low], axis=-1).reshape(*packed.shape[:-1], -1)

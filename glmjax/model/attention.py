@@ -49,6 +49,16 @@ class BlankMask:
         return BlankMask(*(jnp.repeat(x, times, 1) for x in (self.k_start_BT, self.k_end_BT)))
 
 
+CACHE_AXES = ("layer", "batch", "heads", "keys", "head")
+"""Logical axes of keys and values in a cache; scales have all but the last."""
+
+
+def cache_size(size: int) -> int:
+    """Slots of a cache with room for `size` tokens: more than 128 are rounded up to a multiple of
+    128, of which TPU memory is made."""
+    return -(-size // 128) * 128 if size > 128 else size
+
+
 @struct.dataclass
 class KVCache:
     """Keys and values of all layers for S slots, of which the first length_B are filled.
@@ -65,17 +75,14 @@ class KVCache:
 
     @classmethod
     def empty(cls, config: GLMConfig, batch: int, size: int) -> "KVCache":
-        """A cache of at least `size` slots with nothing in it.
-
-        More than 128 slots are rounded up to a multiple of 128, of which TPU memory is made.
-        """
-        size = -(-size // 128) * 128 if size > 128 else size
-        shape = (config.num_layers, batch, config.kv_heads, size, config.head_size)
+        """A cache of `cache_size(size)` slots with nothing in it, split by rows and heads."""
+        shape = (config.num_layers, batch, config.kv_heads, cache_size(size), config.head_size)
         dtype = config.cache_dtype or config.dtype
         # Arrays of their own, so that both can be donated.
-        k_NBHSK, v_NBHSK = (jnp.zeros(shape, dtype) for _ in range(2))
+        k_NBHSK, v_NBHSK = (constrain(jnp.zeros(shape, dtype), *CACHE_AXES) for _ in range(2))
         k_scale_NBHS, v_scale_NBHS = (
-            jnp.zeros(shape[:-1], jnp.float32) if dtype == "int8" else None for _ in range(2)
+            constrain(jnp.zeros(shape[:-1], jnp.float32), *CACHE_AXES) if dtype == "int8" else None
+            for _ in range(2)
         )
         return cls(k_NBHSK, v_NBHSK, jnp.zeros(batch, jnp.int32), k_scale_NBHS, v_scale_NBHS)
 

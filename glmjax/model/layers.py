@@ -1,14 +1,26 @@
 """Layers without attention: arrays in, arrays out."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from glmjax.config import GLMConfig
+from glmjax.kernels import quantized_matmul
+from glmjax.kernels.quantized_matmul import reference
 from glmjax.model.params import LayerNorm, Linear, Quantized
-from glmjax.sharding import constrain, gather, row_major, sum_over_batch
+from glmjax.sharding import (
+    constrain,
+    gather,
+    mesh_axes,
+    num_parts,
+    per_device,
+    row_major,
+    sum_over_batch,
+    target_device,
+)
 
 
 def norm(config: GLMConfig, params: LayerNorm, x_BTD: jax.Array) -> jax.Array:
@@ -38,7 +50,7 @@ def linear(equation: str, params: Linear, x: jax.Array) -> jax.Array:
 
     A quantised kernel is constant: it has no gradient.
     """
-    y = _product(equation, x, params.kernel)
+    y = product(equation, x.dtype.name, x, params.kernel)
     if params.bias is None:
         return y
     batched = [i for i, letter in enumerate(equation.split("->")[1]) if letter in "bt"]
@@ -47,71 +59,132 @@ def linear(equation: str, params: Linear, x: jax.Array) -> jax.Array:
 
 AXES = {
     "b": "batch", "t": "length", "d": "embed", "c": "qkv", "h": "heads", "k": "head",
-    "g": "gate", "f": "mlp",
+    "g": "gate", "f": "mlp", "v": "vocab",
 }  # fmt: skip
-"""Logical axis of each letter in the equations of `linear`."""
+"""Logical axis of each letter in the equations of products."""
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(equation: str, x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def product(equation: str, dtype: str, x: jax.Array, kernel: jax.Array | Quantized) -> jax.Array:
     """einsum over a kernel that is gathered for it, and for the backward pass once more; the
     kernel's gradient is summed over devices straight into their parts of it.
 
     Barriers keep what comes before and after out of the loops of the matrix product, where XLA
     would compute a GELU or half a layer norm again for every tile.
     """
-    x = jax.lax.optimization_barrier(x)
-    y_letters = equation.split("->")[1]
-    return _pin(y_letters, jnp.einsum(equation, x, _whole(equation, kernel, x)))
+    x_letters, _, y_letters = equation.replace("->", ",").split(",")
+    length = x.shape[x_letters.index("t")]
+    x = jax.lax.optimization_barrier(fill_rows(x_letters, x))
+    if isinstance(kernel, Quantized):
+        y = _quantised_product(equation, x, kernel)
+    elif quantized_matmul.needs_narrow(x, kernel):
+        y = quantized_matmul.multiply_narrow(equation, x, kernel)
+    else:
+        y = _plain_product(equation, x, _whole(equation, kernel, x), dtype)
+    y = jax.lax.slice_in_dim(y, 0, length, axis=y_letters.index("t"))
+    return _pin(y_letters, y.astype(dtype))
 
 
-def _product_forward(equation, x, kernel):
-    return _product(equation, x, kernel), (x, kernel)
+def _plain_product(equation: str, x: jax.Array, kernel: jax.Array, dtype: str) -> jax.Array:
+    """The einsum. On CPUs the result comes in the order of x and the kernel and is put in that of the
+    equation then: XLA would turn the kernel instead, all of it for every token."""
+    if not quantized_matmul.on_one_cpu():
+        return jnp.einsum(equation, x, kernel, preferred_element_type=dtype)
+    terms, y_letters = equation.split("->")
+    straight = "".join(sorted(y_letters, key=terms.index))
+    y = jnp.einsum(f"{terms}->{straight}", x, kernel, preferred_element_type=dtype)
+    return y.transpose([straight.index(letter) for letter in y_letters])
 
 
-def _product_backward(equation, residuals, dy):
+def _product_forward(equation, dtype, x, kernel):
+    return product(equation, dtype, x, kernel), (x, kernel)
+
+
+def _product_backward(equation, dtype, residuals, dy):
     x, kernel = residuals
     x, dy = jax.lax.optimization_barrier((x, dy))
     x_letters, kernel_letters, y_letters = equation.replace("->", ",").split(",")
     whole = _whole(equation, kernel, x)
     dx = _pin(x_letters, jnp.einsum(f"{y_letters},{kernel_letters}->{x_letters}", dy, whole))
+    dx = dx.astype(x.dtype)
     if isinstance(kernel, Quantized):
         return jax.lax.optimization_barrier(dx), None
     # The axis that is split comes first: the last one would be summed whole on every device.
     first = "d" + kernel_letters.replace("d", "")
-    product = functools.partial(jnp.einsum, f"{x_letters},{y_letters}->{first}")
+    into_kernel = functools.partial(jnp.einsum, f"{x_letters},{y_letters}->{first}")
     rows = _whole_axes(x_letters), _whole_axes(y_letters)
-    dkernel = sum_over_batch(product, rows, _axes(first))(x, dy)
+    dkernel = sum_over_batch(into_kernel, rows, _axes(first))(x, dy)
     dkernel = jnp.moveaxis(dkernel, 0, kernel_letters.index("d"))
     return jax.lax.optimization_barrier(dx), dkernel.astype(kernel.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+product.defvjp(_product_forward, _product_backward)
+
+
+def fill_rows(letters: str, x: jax.Array) -> jax.Array:
+    """x [b, t ...] with zero tokens behind where a TPU would have fewer than eight rows: XLA gives a
+    single row to the vector unit, which takes several times as long as reading the weights."""
+    if target_device().platform != "tpu":
+        return x
+    rows = x.shape[letters.index("b")] // num_parts("batch")
+    t = letters.index("t")
+    padding = [(0, 0)] * x.ndim
+    padding[t] = (0, max(-(-SUBLANES // max(rows, 1)) - x.shape[t], 0))
+    return jnp.pad(x, padding)
+
+
+SUBLANES = 8
+"""Rows that a TPU's matrix unit takes at once."""
 
 
 def _whole(equation: str, kernel: jax.Array | Quantized, x: jax.Array) -> jax.Array:
     """The gathered kernel in the type of x, laid out as it was stored: XLA for TPUs would turn it to
     have the inputs last, for which on v6e it takes longer than for the product."""
-    letters = equation.split("->")[0].split(",")[1]
+    x_letters, letters, _ = equation.replace("->", ",").split(",")
     if isinstance(kernel, Quantized):
-        kernel = _dequantise(equation, kernel, x.shape)
+        stored = _stored(equation)
+        weights = dequantise(kernel, x.shape[x_letters.index(stored[-1])])
+        kernel = weights.transpose([stored.index(letter) for letter in letters])
     return row_major(gather(kernel.astype(x.dtype), *_axes(letters)), *_whole_axes(letters))
 
 
-def _dequantise(equation: str, kernel: Quantized, x_shape: tuple[int, ...]) -> jax.Array:
-    """The kernel in float32."""
-    x_letters, letters, y_letters = equation.replace("->", ",").split(",")
-    inputs = [letters.index(letter) for letter in letters if letter not in y_letters]
-    first, last = inputs[0], inputs[-1]
-    values = kernel.values
-    if values.shape[last] < x_shape[x_letters.index(letters[last])]:
-        # Shifts of int8 keep the sign.
-        high_low = jnp.stack([values >> 4, (values << 4) >> 4], axis=last + 1)
-        values = high_low.reshape(*values.shape[:last], -1, *values.shape[last + 1 :])
-    # A scale has its group where the first input is, and one for all along the others.
-    scale = jnp.expand_dims(jnp.moveaxis(kernel.scale, 0, first), inputs[1:])
-    scale = jnp.repeat(scale, values.shape[first] // scale.shape[first], axis=first)
-    return values.astype(jnp.float32) * scale.astype(jnp.float32)
+def dequantise(kernel: Quantized, size: int) -> jax.Array:
+    """The weights [*outputs, *inputs] in float32; `size` is that of their last axis."""
+    return reference.dequantise(kernel.values, kernel.scale, kernel.zero, size)
+
+
+def _stored(equation: str) -> str:
+    """The letters of a kernel's outputs and inputs, as integers are stored."""
+    _, letters, y_letters = equation.replace("->", ",").split(",")
+    return "".join(sorted(letters, key=lambda letter: letter not in y_letters))
+
+
+def _quantised_product(equation: str, x: jax.Array, kernel: Quantized) -> jax.Array:
+    """The product in float32. Integers are gathered as they are."""
+    x_letters, _, y_letters = equation.replace("->", ",").split(",")
+    letters = _stored(equation)
+    equation = f"{x_letters},{letters}->{y_letters}"
+    values = gather(kernel.values, *_axes(letters))
+    outputs, groups = kernel.scale.ndim - 1, len(kernel.scale)
+    first = _whole_axes(letters)[outputs]
+    parts = num_parts(first)
+    if groups == 1 or parts == 1:
+        return quantized_matmul.multiply(equation, x, values, kernel.scale, kernel.zero)
+    if groups % parts and parts % groups:
+        return reference.multiply(equation, x, values, kernel.scale, kernel.zero)
+
+    def local(x: jax.Array, values: jax.Array, *numbers: Any) -> jax.Array:
+        """On a device's inputs, with the scale and zero-point of their groups."""
+        start = jax.lax.axis_index(mesh_axes(first)) * groups // parts
+        scale, zero = jax.tree.map(
+            lambda y: jax.lax.dynamic_slice_in_dim(y, start, max(groups // parts, 1)), numbers
+        )
+        y = quantized_matmul.multiply(equation, x, values, scale, zero)
+        return jax.lax.psum(y, mesh_axes(first))
+
+    per_output = ("group", *_whole_axes(letters[:outputs]))
+    in_axes = _whole_axes(x_letters), _whole_axes(letters), per_output, per_output
+    return per_device(local, in_axes, _whole_axes(y_letters))(x, values, kernel.scale, kernel.zero)
 
 
 def _axes(letters: str) -> list[str]:

@@ -2,14 +2,14 @@
 
 `specs(config)` is a tree of `ParamSpec`; initial values, abstract shapes, shardings, counting and
 checkpoint conversion are maps over it. The N blocks are one `Block` whose leaves have a leading
-`layer` axis. What a model lacks, such as biases or learned positions, is None.
+`layer` axis, or N Blocks apart. What a model lacks, such as biases or learned positions, is None.
 """
 
 import math
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ import numpy as np
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh
 
-from glmjax.config import GLMConfig
-from glmjax.sharding import named_sharding
+from glmjax.config import GLMConfig, Kernel, Quantization
+from glmjax.sharding import named_sharding, target_device
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -51,22 +51,24 @@ class Linear:
 
 @struct.dataclass
 class Quantized:
-    """A kernel as integers and a scale per output (GLM-130B section 4, THUDM/GLM-130B
-    `quantization/`).
+    """A kernel as integers with scales for every output (GLM-130B section 4, THUDM/GLM-130B
+    `quantization/`): weights are scale * values, or scale * (values + zero).
 
-    values: int8 with the axes of the kernel. Of 4 bits two share a byte along the last input axis,
-    the even one in the high half, as two's complement.
+    values: int8 [*outputs, *inputs], as official matrices are. Of 4 bits two share a byte along the
+    last axis, the even one in the high half, as two's complement; unpacked they are int4.
     scale: float16 [group, *outputs]; group g belongs to inputs g n / G .. (g + 1) n / G of the n of
     the first input axis.
+    zero: float32 [group, *outputs]; None where values are centred on 0.
     """
 
     values: Any
     scale: Any
+    zero: Any = None
 
 
 @struct.dataclass
 class Block:
-    """One transformer block; stacked over layers in `Params`.
+    """One transformer block.
 
     A model whose queries share keys and values has q and kv in place of qkv.
     """
@@ -92,15 +94,45 @@ class PrefixEncoder:
 
 @struct.dataclass
 class Params:
-    """All parameters of a model."""
+    """All parameters of a model.
+
+    blocks: a Block with a leading layer axis, or a tuple of Blocks without, see `Arrangement`.
+    """
 
     word_embedding: Any
     position_embedding: Any
     block_position_embedding: Any
-    blocks: Block
+    blocks: Any
     final_norm: LayerNorm
     output_embedding: Any
     prefix: PrefixEncoder | None = None
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How the same parameters lie in memory."""
+
+    apart: bool = False
+    """Blocks are a tuple and not stacked: XLA for CPUs copies a layer out of a stack before it
+    multiplies with it. A model of which some layers stay floats is always so."""
+    packed: bool = True
+    """Integers of 4 bits share bytes; False: they are int4, which XLA for accelerators packs."""
+
+
+STORED = Arrangement()
+"""As on disk and in training."""
+
+
+def decoding_arrangement() -> Arrangement:
+    """The fastest one for decoding on the platform of the ambient mesh, else of the default device."""
+    on_cpu = target_device().platform == "cpu"
+    return Arrangement(apart=on_cpu, packed=on_cpu)
+
+
+def blocks_apart(config: GLMConfig, arrangement: Arrangement = STORED) -> bool:
+    """Whether the blocks of a model are a tuple."""
+    some_floats = config.quantization is not None and bool(config.quantization.float_layers)
+    return arrangement.apart or some_floats
 
 
 def normal(scale: float | np.ndarray) -> Initializer:
@@ -124,7 +156,7 @@ def no_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     raise ValueError("quantised kernels have no initial values; quantise those of a trained model")
 
 
-def specs(config: GLMConfig) -> Params:
+def specs(config: GLMConfig, arrangement: Arrangement = STORED) -> Params:
     """The parameters of a model as a tree of `ParamSpec`.
 
     Pre-norm models start as THUDM/GLM does: N(0, 0.02), output projections divided by sqrt(2 N).
@@ -135,20 +167,38 @@ def specs(config: GLMConfig) -> Params:
     embedding = normal(config.initializer_scale)
     position = ParamSpec((P, D), ("position", "embed"), embedding)
     learned = config.positions == "learned_2d"
-    word = ParamSpec((V, D), ("vocab", "embed"), embedding)
+    word: Any = ParamSpec((V, D), ("vocab", "embed"), embedding)
+    if config.quantization is not None and config.quantization.embeddings:
+        packed = arrangement.packed
+        word = _quantized(config.quantization, "embeddings", packed, {"vocab": V}, {"embed": D})
     return Params(
         word_embedding=word,
         position_embedding=position if learned else None,
         block_position_embedding=position if learned else None,
-        blocks=_block_specs(config),
+        blocks=_blocks_specs(config, arrangement),
         final_norm=_norm_specs(config),
         output_embedding=None if config.tied_embeddings else word,
         prefix=_prefix_specs(config) if config.prefix_length else None,
     )
 
 
-def _block_specs(config: GLMConfig) -> Block:
-    """The blocks, stacked."""
+def _blocks_specs(config: GLMConfig, arrangement: Arrangement) -> Block | tuple[Block, ...]:
+    quantization, packed = config.quantization, arrangement.packed
+    block = _block_specs(config, quantization, packed)
+    if blocks_apart(config, arrangement):
+        floats = _block_specs(config, None, packed)
+        float_layers = quantization.float_layers if quantization is not None else ()
+        return tuple(floats if n in float_layers else block for n in range(config.num_layers))
+    return jax.tree.map(
+        lambda spec: replace(
+            spec, shape=(config.num_layers, *spec.shape), axes=("layer", *spec.axes)
+        ),
+        block,
+    )
+
+
+def _block_specs(config: GLMConfig, quantization: Quantization | None, packed: bool) -> Block:
+    """One block, without a layer axis."""
     N, D, F = config.num_layers, config.hidden_size, config.ffn_size
     H, G, K = config.num_heads, config.kv_heads, config.head_size
     if config.norm == "deepnorm":
@@ -166,54 +216,67 @@ def _block_specs(config: GLMConfig) -> Block:
         """One scale for each of a kernel's pair or triple [D, c, H, K]."""
         return normal(np.array(scales, np.float32)[:, None, None])
 
+    def linear(kernel: Kernel, init: Initializer, inputs: tuple[str, ...], **sizes: int) -> Linear:
+        """A kernel with these axes and sizes; those that are not inputs are of the bias too."""
+        outputs = {axis: size for axis, size in sizes.items() if axis not in inputs}
+        bias = None
+        if config.biases == "all" or "heads" in outputs:
+            bias = ParamSpec(tuple(outputs.values()), _whole_axes(outputs), zeros)
+        if quantization is None or kernel not in quantization.kernels:
+            return Linear(ParamSpec(tuple(sizes.values()), tuple(sizes), init), bias)
+        input_sizes = {axis: sizes[axis] for axis in inputs}
+        return Linear(_quantized(quantization, kernel, packed, outputs, input_sizes), bias)
+
     # The pair comes first: as inner axes of 2 and F a kernel lies badly in the memory of TPUs.
     gate = {} if config.ffn == "gelu" else {"gate": 2}
     heads = {"heads": H, "head": K}
     shared = G < H
     return Block(
-        attention_norm=_norm_specs(config, N),
-        qkv=None if shared else _linear_specs(
-            config, each(q, k, v), ("embed",), embed=D, qkv=3, **heads
-        ),
-        q=_linear_specs(config, normal(q), ("embed",), embed=D, **heads) if shared else None,
-        kv=_linear_specs(
-            config, each(k, v), ("embed",), embed=D, qkv=2, heads=G, head=K
+        attention_norm=_norm_specs(config),
+        qkv=None if shared else linear("qkv", each(q, k, v), ("embed",), embed=D, qkv=3, **heads),
+        q=linear("qkv", normal(q), ("embed",), embed=D, **heads) if shared else None,
+        kv=linear(
+            "qkv", each(k, v), ("embed",), embed=D, qkv=2, heads=G, head=K
         ) if shared else None,
-        attention_out=_linear_specs(config, attention_out, ("heads", "head"), **heads, embed=D),
-        ffn_norm=_norm_specs(config, N),
-        ffn_in=_linear_specs(config, ffn_in, ("embed",), **gate, embed=D, mlp=F),
-        ffn_out=_linear_specs(config, ffn_out, ("mlp",), mlp=F, embed=D),
+        attention_out=linear(
+            "attention_out", attention_out, ("heads", "head"), **heads, embed=D
+        ),
+        ffn_norm=_norm_specs(config),
+        ffn_in=linear("ffn_in", ffn_in, ("embed",), **gate, embed=D, mlp=F),
+        ffn_out=linear("ffn_out", ffn_out, ("mlp",), mlp=F, embed=D),
     )  # fmt: skip
 
 
-def _norm_specs(config: GLMConfig, *layer: int) -> LayerNorm:
-    shape, axes = (*layer, config.hidden_size), ("layer",) * len(layer) + ("stream",)
+def _norm_specs(config: GLMConfig) -> LayerNorm:
+    shape, axes = (config.hidden_size,), ("stream",)
     bias = None if config.norm == "rmsnorm" else ParamSpec(shape, axes, zeros)
     return LayerNorm(ParamSpec(shape, axes, ones), bias)
 
 
-def _linear_specs(
-    config: GLMConfig, init: Initializer, inputs: tuple[str, ...], **sizes: int
-) -> Linear:
-    """A kernel with these axes and sizes; those that are not inputs are of the bias too."""
-    N = config.num_layers
-    outputs = [axis for axis in sizes if axis not in inputs]
-    output_axes = tuple("stream" if axis == "embed" else axis for axis in outputs)
-    output_sizes = [sizes[axis] for axis in outputs]
-    bias = ParamSpec((N, *output_sizes), ("layer", *output_axes), zeros)
-    kernel: Any = ParamSpec((N, *sizes.values()), ("layer", *sizes), init)
-    if config.quantization is not None:
-        # GLM-130B's shards split the inputs of attention_out and ffn_out, the outputs of the rest.
-        groups = 1 if inputs == ("embed",) else config.quantization.shards
-        packed = dict(sizes)
-        packed[inputs[-1]] //= 8 // config.quantization.bits
-        kernel = Quantized(
-            ParamSpec((N, *packed.values()), kernel.axes, no_init, "int8"),
-            ParamSpec(
-                (N, groups, *output_sizes), ("layer", "group", *output_axes), no_init, "float16"
-            ),
-        )
-    return Linear(kernel, bias if config.biases == "all" or "heads" in outputs else None)
+def _quantized(
+    quantization: Quantization,
+    kernel: Kernel | Literal["embeddings"],
+    packed: bool,
+    outputs: dict[str, int],
+    inputs: dict[str, int],
+) -> Quantized:
+    """The integers of a kernel with these axes and sizes."""
+    groups = quantization.groups(kernel, math.prod(inputs.values()))
+    *first, last = inputs.values()
+    dtype = "int8"
+    if quantization.bits == 4:
+        dtype, last = ("int8", last // 2) if packed else ("int4", last)
+    shape = (*outputs.values(), *first, last)
+    scale = ParamSpec(
+        (groups, *outputs.values()), ("group", *_whole_axes(outputs)), no_init, "float16"
+    )
+    zero = replace(scale, dtype="float32") if quantization.scheme == "zeropoint" else None
+    return Quantized(ParamSpec(shape, (*outputs, *inputs), no_init, dtype), scale, zero)
+
+
+def _whole_axes(outputs: dict[str, int]) -> tuple[str, ...]:
+    """Axes of what has one number for each output, which is small: the model width is not split."""
+    return tuple("stream" if axis == "embed" else axis for axis in outputs)
 
 
 def _prefix_specs(config: GLMConfig) -> PrefixEncoder:
@@ -231,6 +294,12 @@ def _prefix_specs(config: GLMConfig) -> PrefixEncoder:
     )
 
 
+def unpack_int4(packed: jax.Array) -> jax.Array:
+    """The int4 values of the bytes of `Quantized`, twice as many along the last axis."""
+    high_low = jnp.stack([packed >> 4, (packed << 4) >> 4], axis=-1)  # shifts of int8 keep the sign
+    return high_low.reshape(*packed.shape[:-1], -1).astype(jnp.int4)
+
+
 def leaf_name(path: tuple[Any, ...]) -> str:
     """The dotted name of a leaf, such as blocks.qkv.kernel."""
     return jax.tree_util.keystr(path, simple=True, separator=".")
@@ -242,7 +311,9 @@ def count_params(config: GLMConfig) -> int:
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(dense))
 
 
-def param_shardings(config: GLMConfig, mesh: Mesh | AbstractMesh) -> Params:
+def param_shardings(
+    config: GLMConfig, mesh: Mesh | AbstractMesh, arrangement: Arrangement = STORED
+) -> Params:
     """The sharding of every parameter on a mesh.
 
     Raises:
@@ -250,13 +321,15 @@ def param_shardings(config: GLMConfig, mesh: Mesh | AbstractMesh) -> Params:
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, spec: named_sharding(mesh, spec.axes, spec.shape, leaf_name(path)),
-        specs(config),
+        specs(config, arrangement),
     )
 
 
-def abstract_params(config: GLMConfig) -> Params:
+def abstract_params(config: GLMConfig, arrangement: Arrangement = STORED) -> Params:
     """Shapes and types of the parameters, without values."""
-    return jax.tree.map(lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs(config))
+    return jax.tree.map(
+        lambda spec: jax.ShapeDtypeStruct(spec.shape, spec.dtype), specs(config, arrangement)
+    )
 
 
 def init(config: GLMConfig, key: jax.Array) -> Params:

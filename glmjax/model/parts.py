@@ -1,15 +1,14 @@
 """A model in parts, so that no more of it than a layer need be in host memory.
 
 A part is one layer of one parameter, or a whole parameter that has no layers, in the parameter's own
-axes. Every checkpoint format is read as a mapping from keys to parts and written part by part;
-loading, converting and quantising are loops over keys, layer by layer.
+axes, integers of 4 bits packed. Every checkpoint format is read as a mapping from keys to parts and
+written part by part; loading, converting and quantising are loops over keys, layer by layer.
 """
 
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -17,14 +16,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from glmjax.config import GLMConfig
-from glmjax.model.params import Params, ParamSpec, leaf_name, specs
+from glmjax.model.params import (
+    STORED,
+    Arrangement,
+    Params,
+    ParamSpec,
+    blocks_apart,
+    leaf_name,
+    specs,
+    unpack_int4,
+)
 from glmjax.sharding import named_sharding
 
 AHEAD = 4
 """Parts that are read ahead: from any kernel of a block to the next one, over what is small."""
 
 Key = tuple[str, int | None]
-"""The dotted name of a parameter, and the layer; None where the parameter has no layers."""
+"""The dotted name of a parameter, such as blocks.qkv.kernel, and the layer; None where the parameter
+has no layers. It is the same in every `Arrangement`."""
 
 
 class Part(NamedTuple):
@@ -36,34 +45,49 @@ class Part(NamedTuple):
 
 
 def part_specs(config: GLMConfig) -> dict[Key, ParamSpec]:
-    """What each part of a model is, layer by layer; specs without the layer axis."""
-    leaves = {
-        leaf_name(path): spec for path, spec in jax.tree_util.tree_leaves_with_path(specs(config))
-    }
-    stacked = {name: spec for name, spec in leaves.items() if spec.axes[0] == "layer"}
+    """What each part of a model is, layer by layer."""
+    tree = specs(config, Arrangement(apart=True))
     parts: dict[Key, ParamSpec] = {}
-    for name, spec in leaves.items():
-        if name not in stacked:
+    for path, spec in jax.tree_util.tree_leaves_with_path(tree):
+        name = leaf_name(path)
+        if name.startswith("blocks."):
+            _, n, rest = name.split(".", 2)
+            parts[f"blocks.{rest}", int(n)] = spec
+        else:
             parts[name, None] = spec
-        elif name == next(iter(stacked)):
-            for n in range(config.num_layers):
-                for block_name, block_spec in stacked.items():
-                    parts[block_name, n] = replace(
-                        block_spec, shape=block_spec.shape[1:], axes=block_spec.axes[1:]
-                    )
     return parts
 
 
+def leaf_of(key: Key, apart: bool) -> Key:
+    """Name of the leaf that holds a part, and its index in that; None: the leaf is the part."""
+    name, n = key
+    if n is None or not apart:
+        return key
+    return name.replace("blocks.", f"blocks.{n}.", 1), None
+
+
 def take_apart(config: GLMConfig, params: Params) -> dict[Key, Part]:
-    """The parts of a model that is in memory."""
+    """The parts of a model that is in memory, in any arrangement."""
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    apart = isinstance(params.blocks, tuple)
 
     def part(key: Key, spec: ParamSpec) -> Part:
-        name, n = key
+        name, n = leaf_of(key, apart)
         leaf = leaves[name]
-        return Part(spec.shape, leaf.dtype, lambda: np.asarray(leaf if n is None else leaf[n]))
+
+        def read() -> np.ndarray:
+            array = np.asarray(leaf if n is None else leaf[n])
+            return _pack_int4(array) if leaf.dtype == jnp.int4 else array
+
+        dtype = np.dtype(np.int8 if leaf.dtype == jnp.int4 else leaf.dtype)
+        return Part(spec.shape, dtype, read)
 
     return {key: part(key, spec) for key, spec in part_specs(config).items()}
+
+
+def _pack_int4(values: np.ndarray) -> np.ndarray:
+    pairs = values.astype(np.int8)
+    return (pairs[..., ::2] << 4) | (pairs[..., 1::2] & 0x0F)
 
 
 def read_ahead(parts: Mapping[Key, Part], threads: int = 1) -> Iterator[tuple[Key, np.ndarray]]:
@@ -80,7 +104,10 @@ def read_ahead(parts: Mapping[Key, Part], threads: int = 1) -> Iterator[tuple[Ke
 
 
 def assemble(
-    config: GLMConfig, parts: Mapping[Key, Part], done: Callable[[Key], Any] = lambda key: None
+    config: GLMConfig,
+    parts: Mapping[Key, Part],
+    done: Callable[[Key], Any] = lambda key: None,
+    arrangement: Arrangement = STORED,
 ) -> Params:
     """The parameters, with the types of the parts, on the mesh of `jax.set_mesh` if one is set.
 
@@ -93,22 +120,28 @@ def assemble(
             return jax.device_put(0).sharding
         return named_sharding(mesh, spec.axes, spec.shape, name)
 
-    of_parts = part_specs(config)
-    tree = specs(config)
+    of_parts, apart = part_specs(config), blocks_apart(config, arrangement)
+    tree = specs(config, arrangement)
     leaves: dict[str, jax.Array] = {}
-    setters: dict[str, Callable[..., jax.Array]] = {}
+    place: dict[str, Callable[..., jax.Array]] = {}
     for path, spec in jax.tree_util.tree_leaves_with_path(tree):
         name = leaf_name(path)
+        whole = sharding(name, spec)
         if spec.axes[0] == "layer":
-            whole = sharding(name, spec)
-            leaves[name] = jnp.zeros(spec.shape, parts[name, 0].dtype, device=whole)
-            setters[name] = jax.jit(_set_layer, donate_argnums=0, out_shardings=whole)
+            dtype = jnp.int4 if spec.dtype == "int4" else parts[name, 0].dtype
+            leaves[name] = jnp.zeros(spec.shape, dtype, device=whole)
+            place[name] = jax.jit(_set_layer, donate_argnums=0, out_shardings=whole)
+        elif spec.dtype == "int4":
+            place[name] = jax.jit(unpack_int4, out_shardings=whole)
     for key, array in read_ahead({key: parts[key] for key in of_parts}):
-        name, n = key
+        name, n = leaf_of(key, apart)
         placed = jax.make_array_from_callback(
             array.shape, sharding(name, of_parts[key]), functools.partial(_at, array)
         )
-        leaves[name] = placed if n is None else setters[name](leaves[name], placed, n)
+        if n is not None:
+            leaves[name] = place[name](leaves[name], placed, n)
+        else:
+            leaves[name] = place[name](placed) if name in place else placed
         done(key)
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[leaf_name(path)], tree)
 
@@ -118,4 +151,6 @@ def _at(array: np.ndarray, index: Any) -> np.ndarray:
 
 
 def _set_layer(stack: jax.Array, layer: jax.Array, n: jax.Array) -> jax.Array:
+    if stack.dtype == jnp.int4:
+        layer = unpack_int4(layer)
     return jax.lax.dynamic_update_index_in_dim(stack, layer, n, 0)

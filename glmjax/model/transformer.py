@@ -20,10 +20,21 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from glmjax.config import GLMConfig, Remat, Saved
+from glmjax.kernels import quantized_matmul
 from glmjax.model import attention
 from glmjax.model.attention import BlankMask, KVCache
-from glmjax.model.layers import dropout, linear, norm, rotary, rotate, scale_gradient
-from glmjax.model.params import Block, Params, leaf_name
+from glmjax.model.layers import (
+    dequantise,
+    dropout,
+    fill_rows,
+    linear,
+    norm,
+    product,
+    rotary,
+    rotate,
+    scale_gradient,
+)
+from glmjax.model.params import Block, Params, Quantized, leaf_name
 from glmjax.model.prefix import prefix_keys_values
 from glmjax.sharding import constrain, row_major
 
@@ -54,13 +65,20 @@ def forward(
 
 def logits(config: GLMConfig, params: Params, x_BTD: jax.Array) -> jax.Array:
     """Scores of every word [B, T, V] in float32 for outputs of `encode`."""
+    table_VD = params.word_embedding if config.tied_embeddings else params.output_embedding
+    if isinstance(table_VD, Quantized) or quantized_matmul.needs_narrow(x_BTD, table_VD):
+        return product("btd,vd->btv", "float32", x_BTD, table_VD)
     table_VD = output_table(config, params).astype(x_BTD.dtype)
-    return jnp.einsum("btd,vd->btv", x_BTD, table_VD, preferred_element_type=jnp.float32)
+    filled_BTD = fill_rows("btd", x_BTD)
+    logits_BTV = jnp.einsum("btd,vd->btv", filled_BTD, table_VD, preferred_element_type=jnp.float32)
+    return logits_BTV[:, : x_BTD.shape[1]]
 
 
 def output_table(config: GLMConfig, params: Params) -> jax.Array:
-    """The matrix [V, D] of the output layer."""
+    """The matrix [V, D] of the output layer, as floats."""
     table_VD = params.word_embedding if config.tied_embeddings else params.output_embedding
+    if isinstance(table_VD, Quantized):
+        return dequantise(table_VD, config.hidden_size)
     return scale_gradient(table_VD, config.embedding_gradient_scale)
 
 
@@ -102,33 +120,56 @@ def encode(
         return x_BTD, None
 
     # Rounded here, the gradients of all layers gather in this type too, in which each arrives.
+    # Kernels of fewer bits are not made wider: of those one layer at a time is.
     def rounded(path: Any, leaf: jax.Array) -> jax.Array:
-        return leaf.astype(config.dtype) if leaf_name(path).endswith("kernel") else leaf
+        is_wide = leaf.dtype.itemsize > jnp.dtype(config.dtype).itemsize
+        return leaf.astype(config.dtype) if leaf_name(path).endswith("kernel") and is_wide else leaf
 
     blocks = jax.tree_util.tree_map_with_path(rounded, params.blocks)
     layers = blocks, prefix_N2PGK, jnp.arange(config.num_layers)
-    x_BTD, _ = jax.lax.scan(_remat(config, layer), x_BTD, layers)
+    x_BTD, _ = _over_layers(_remat(config, layer), x_BTD, layers)
     return norm(config, params.final_norm, x_BTD)
+
+
+def _over_layers(layer: Callable[..., tuple[Any, None]], carry: Any, inputs: Any) -> Any:
+    """A scan over stacked blocks, or a loop over blocks apart, with what else there is per layer."""
+    blocks, *others = inputs
+    if not isinstance(blocks, tuple):
+        return jax.lax.scan(layer, carry, inputs)
+    for n, params_n in enumerate(blocks):
+        carry, _ = layer(carry, (params_n, *jax.tree.map(lambda leaf: leaf[n], others)))  # noqa: B023
+    return carry, None
 
 
 def embed(
     config: GLMConfig, params: Params, tokens_BT: jax.Array, positions_B2T: jax.Array
 ) -> jax.Array:
     """Word embeddings [B, T, D], plus the two learned position tables where the model has them."""
-    table_VD = scale_gradient(params.word_embedding, config.embedding_gradient_scale)
-    x_BTD = _look_up(constrain(table_VD, "vocab", "embed"), tokens_BT, config.dtype)
+    table_VD = params.word_embedding
+    if not isinstance(table_VD, Quantized):
+        table_VD = scale_gradient(table_VD, config.embedding_gradient_scale)
+        table_VD = constrain(table_VD, "vocab", "embed")
+    x_BTD = _look_up(config, table_VD, tokens_BT)
     if config.positions == "learned_2d":
         tables = params.position_embedding, params.block_position_embedding
         for row, table_PD in enumerate(tables):
-            x_BTD += _look_up(table_PD, positions_B2T[:, row], config.dtype)
+            x_BTD += _look_up(config, table_PD, positions_B2T[:, row])
     return x_BTD
 
 
-def _look_up(table: jax.Array, ids_BT: jax.Array, dtype: str) -> jax.Array:
+def _look_up(config: GLMConfig, table: jax.Array | Quantized, ids_BT: jax.Array) -> jax.Array:
     """Rows of a table, [B, T, D]. Devices that share a table look up each other's tokens in their
     own columns and then exchange them, so that neither the table nor its gradient travels."""
-    x_BTD = table[constrain(ids_BT, "replica", "length")].astype(dtype)
-    x_BTD = constrain(x_BTD, "replica", "length", "embed")
+    ids_BT = constrain(ids_BT, "replica", "length")
+    if isinstance(table, Quantized):
+        scale_GBT, zero_GBT = (
+            None if x is None else x[:, ids_BT] for x in (table.scale, table.zero)
+        )
+        rows = Quantized(table.values[ids_BT], scale_GBT, zero_GBT)
+        x_BTD = dequantise(rows, config.hidden_size)
+    else:
+        x_BTD = table[ids_BT]
+    x_BTD = constrain(x_BTD.astype(config.dtype), "replica", "length", "embed")
     return constrain(x_BTD, "batch", "sequence", "stream")
 
 
@@ -206,9 +247,9 @@ def extend(
     angles = rotary(config, positions_B2T)
     attend_cache = attention.attend_cache(config, cache, mask)
 
-    def layer(carry: Any, inputs: tuple[Block, jax.Array]) -> tuple[Any, None]:
+    def layer(carry: Any, inputs: tuple[Block, Any, jax.Array]) -> tuple[Any, None]:
         x_BTD, cache = carry
-        params_n, n = inputs
+        params_n, _, n = inputs
 
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
             written = attention.write(config, cache, n, k, v)
@@ -216,8 +257,8 @@ def extend(
 
         return block(config, params_n, x_BTD, angles, attend), None
 
-    (x_BTD, cache), _ = jax.lax.scan(
-        layer, (x_BTD, cache), (params.blocks, jnp.arange(config.num_layers))
+    (x_BTD, cache), _ = _over_layers(
+        layer, (x_BTD, cache), (params.blocks, None, jnp.arange(config.num_layers))
     )
     x_BTD = norm(config, params.final_norm, x_BTD)
     return x_BTD, replace(cache, length_B=cache.length_B + count_B)

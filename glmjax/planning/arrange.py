@@ -40,7 +40,7 @@ def arrange(experiment: Experiment, topology: Topology, job: Job = "train") -> E
         return experiment
     heads = experiment.model.kv_heads
     tensors = [n for n in range(1, heads + 1) if heads % n == 0 and devices % n == 0]
-    if job == "decode":
+    if job != "train":
         return replace(experiment, mesh=MeshConfig(data=devices // tensors[-1], tensor=tensors[-1]))
     for tensor in (n for n in tensors if n >= experiment.mesh.tensor):
         shards, rows = devices // tensor, train.microbatch_size or train.batch_size

@@ -254,7 +254,7 @@ def hbm_traffic(module: Module, computation: Computation, at: Instruction) -> fl
     match at.opcode:
         case "custom-call" if "tpu_custom_call" not in at.attributes:
             return 0  # allocates a buffer, or says something about indices
-        case "dynamic-slice":
+        case "dynamic-slice" | "gather":
             return 2 * byte_count(at.shape, hbm_only=True)
         case "dynamic-update-slice":
             return 2 * byte_count(shapes[1], hbm_only=True)
@@ -275,9 +275,9 @@ def _read(module: Module, fused: Computation, value: Instruction) -> float:
     total = 0.0
     for at in fused.values():
         for position in (i for i, name in enumerate(at.operands) if name == value.name):
-            if at.opcode == "dynamic-slice":
+            if at.opcode == "dynamic-slice" or (at.opcode == "gather" and position == 0):
                 total += byte_count(at.shape)
-            elif at.opcode == "bitcast":
+            elif at.opcode == "bitcast" or _only_copies(module, at):
                 total += _read(module, fused, at)
             elif at.opcode == "fusion":
                 nested = module.computations[called_computations(at)[0]]
@@ -289,6 +289,15 @@ def _read(module: Module, fused: Computation, value: Instruction) -> float:
             elif at.opcode != "dynamic-update-slice" or position != 0:
                 total += byte_count(value.shape)
     return min(total, byte_count(value.shape))
+
+
+def _only_copies(module: Module, at: Instruction) -> bool:
+    """Whether it is a fusion inside a fusion that changes how an array is laid out, of which nothing
+    is made but what is used."""
+    inside = inner_instructions(module, at)
+    return bool(inside) and all(
+        instruction.opcode in ("parameter", "copy", "bitcast") for instruction, _ in inside
+    )
 
 
 def _written(fused: Computation, shape: str) -> float:

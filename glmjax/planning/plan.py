@@ -82,12 +82,18 @@ class Plan:
     chips: int
     devices: int
     mesh: Mapping[str, int]
+    weights: str
+    """Type of the matrices of the blocks, such as bfloat16 or int4."""
+    cache: str
+    """Type of cached keys and values; empty in training."""
     rows: int
     """Rows of one step: of the batch in training, decoded together in serving."""
     microbatch_rows: int
-    """Rows of one forward and backward pass."""
+    """Rows of one pass: of one forward and backward pass, or prompts that are fed together."""
     length: int
     """Tokens of a row; of its cache in serving."""
+    prompt: int
+    """Tokens of a prompt that is fed; 0 where none is."""
     remat: str
     fits: bool
     """Whether libtpu accepts the program."""
@@ -148,7 +154,7 @@ def plan(
         rows = experiment.train.batch_size, microbatch_size(experiment, abstract_mesh(mesh))
         abstract_state(experiment, abstract_mesh(mesh))  # Refuses what does not divide at once.
     else:
-        rows = serving.batch, serving.batch
+        rows = serving.batch, batch_shards(mesh) if job == "prefill" else serving.batch
     settings = _settings(experiment), mesh, rows, topology, job, serving, versions(), _sources()
     folder = Path(experiment.data.cache).expanduser() / "plans"
     whole = folder / f"{digest(*settings)}.json"
@@ -209,6 +215,8 @@ def _describe(
     program: Program,
 ) -> Plan:
     model, (batch, microbatch) = experiment.model, rows
+    weights: str = model.dtype
+    cache, prompt = "", 0
     if job == "train":
         length = experiment.data.sequence_length
         tokens, kernel_seconds = batch * length, roofline.attention_seconds
@@ -216,11 +224,18 @@ def _describe(
         statement = calibration.statement(topology.family)
     else:
         statement = "estimates for serving are not calibrated: no published run to compare with"
-        length, tokens, model_flops = serving.length, batch, program.flops
-        cache = jax.eval_shape(lambda: KVCache.empty(model, batch, length))
-        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
-        parts = model.num_layers * batch_shards(mesh) * mesh["tensor"]
-        kernel_seconds = functools.partial(_decode_seconds, size / parts)
+        length, model_flops, cache = serving.length, program.flops, model.cache_dtype or model.dtype
+        if model.quantization is not None:
+            weights = f"int{model.quantization.bits}"
+        if job == "prefill":
+            prompt, kernel_seconds = serving.prompt_length, _prefill_seconds
+            tokens = microbatch * prompt
+        else:
+            shapes = jax.eval_shape(lambda: KVCache.empty(model, batch, length))
+            size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+            parts = model.num_layers * batch_shards(mesh) * mesh["tensor"]
+            kernel_seconds = functools.partial(_decode_seconds, size / parts)
+            tokens = batch
     communication: tuple[Communication, ...] = ()
     estimate = None
     if program.text is not None:
@@ -231,8 +246,8 @@ def _describe(
         estimate = _estimate(times, model_flops, tokens, topology)
     return Plan(
         job=job, model=model.name, topology=topology.name, num_slices=topology.num_slices,
-        chips=topology.chips, devices=topology.num_devices, mesh=mesh, rows=batch,
-        microbatch_rows=microbatch, length=length, remat=model.remat, fits=program.fits,
+        chips=topology.chips, devices=topology.num_devices, mesh=mesh, weights=weights, cache=cache,
+        rows=batch, microbatch_rows=microbatch, length=length, prompt=prompt, remat=model.remat, fits=program.fits,
         hbm_bytes=topology.generation.hbm_bytes, memory=program.memory,
         hardware_flops=program.flops, model_flops=model_flops, communication=communication,
         estimate=estimate, calibration=statement,
@@ -246,6 +261,12 @@ def _decode_seconds(cache_bytes: float, kernel: hlo.Kernel, chip: Generation) ->
     Attention reads the cache of the layer; what is written, one token, is left out.
     """
     return cache_bytes / chip.hbm_bytes_per_second if "decode" in kernel.name else 0.0
+
+
+def _prefill_seconds(kernel: hlo.Kernel, chip: Generation) -> float:
+    """Time of a kernel of the step that feeds a prompt, all of whose tokens may see each other; the
+    kernel that writes them into the cache is left out."""
+    return 2 * roofline.attention_seconds(kernel, chip) if "forward" in kernel.name else 0.0
 
 
 def _communication(events: hlo.Loop, network: roofline.Network) -> tuple[Communication, ...]:

@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from glmjax.config import Experiment, GLMConfig
-from glmjax.model.attention import KVCache
-from glmjax.model.params import abstract_params, param_shardings
-from glmjax.model.transformer import decode_step
+from glmjax.model.attention import CACHE_AXES, KVCache
+from glmjax.model.params import (
+    Params,
+    abstract_params,
+    decoding_arrangement,
+    leaf_name,
+    param_shardings,
+)
+from glmjax.model.transformer import decode_step, prefill
 from glmjax.planning.flops import count_flops, loop_rounds
 from glmjax.planning.memory import Memory, read_memory
 from glmjax.planning.roofline import device_places
@@ -35,11 +41,13 @@ from glmjax.planning.topologies import (
     absent_environment,
     require_libtpu,
 )
-from glmjax.sharding import make_mesh, named_sharding
+from glmjax.sharding import make_mesh, named_sharding, num_parts, per_device
 from glmjax.training.compiler_options import options_for
 from glmjax.training.step import trace_train_step
 
-Job = Literal["train", "decode"]
+Job = Literal["train", "decode", "prefill"]
+"""train: an optimizer step. decode: a token for every row of a running batch. prefill: a prompt that
+joins them."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,21 @@ class Serving:
     """Rows that are decoded together."""
     length: int = 2048
     """Tokens that the cache of a row holds."""
+    prompt: int | None = None
+    """Tokens of the longest prompt; None: as many as the cache holds."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "length", "prompt_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.prompt_length > self.length:
+            raise ValueError(
+                f"a prompt of {self.prompt} tokens does not fit a cache of {self.length}"
+            )
+
+    @property
+    def prompt_length(self) -> int:
+        return self.length if self.prompt is None else self.prompt
 
 
 @dataclass(frozen=True)
@@ -100,7 +123,7 @@ def compile_program(
         RuntimeError: libtpu cannot compile the program, for another reason than device memory.
     """
     start = time.monotonic()
-    module = {"train": "jit_train_step", "decode": "jit_decode_step"}[job]
+    module = {"train": "jit_train_step", "decode": "jit_decode_step", "prefill": "jit_join"}[job]
     with tempfile.TemporaryDirectory(prefix="glmjax-plan-") as name:
         folder = Path(name)
         flags = f"--xla_dump_to={folder} --xla_dump_hlo_as_text --xla_dump_hlo_module_re={module}$"
@@ -165,7 +188,8 @@ def _compile(
             traced = trace_train_step(experiment, mesh)
             options = options_for(mesh.devices.flat[0].device_kind)
         else:
-            traced, options = trace_decode_step(experiment.model, mesh, serving), {}
+            trace = {"decode": trace_decode_step, "prefill": trace_join}[job]
+            traced, options = trace(experiment.model, mesh, serving), {}
         known = {
             "flops": count_flops(traced.jaxpr),
             "loop_rounds": loop_rounds(traced.jaxpr),
@@ -183,28 +207,85 @@ def _compile(
 
 
 def trace_decode_step(config: GLMConfig, mesh: Mesh, serving: Serving) -> jax.stages.Traced:
-    """The step that draws one token for every row, with weights in the type of the products."""
-
-    def array(leaf: Any, *axes: str, dtype: Any = None) -> jax.ShapeDtypeStruct:
-        sharding = named_sharding(mesh, axes, leaf.shape)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=sharding)
-
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, config.dtype if leaf.dtype == jnp.float32 else leaf.dtype, sharding=sharding
-        ),
-        abstract_params(config),
-        param_shardings(config, mesh),
-    )
-    rows = "layer", "batch", "heads", "keys", "head"
-    cache = jax.eval_shape(lambda: KVCache.empty(config, serving.batch, serving.length))
-    cache = jax.tree.map(
-        lambda leaf: array(leaf, *(rows[: leaf.ndim] if leaf.ndim > 1 else ("batch",))), cache
-    )
-    tokens_BT = array(jax.ShapeDtypeStruct((serving.batch, 1), jnp.int32), "batch", "length")
-    positions_B2T = array(
-        jax.ShapeDtypeStruct((serving.batch, 2, 1), jnp.int32), "batch", "qkv", "length"
-    )
+    """The step that gives the scores of one token for every row."""
     with jax.set_mesh(mesh):
         step = jax.jit(decode_step, static_argnums=0, donate_argnums=2)
-        return step.trace(config, params, cache, tokens_BT, positions_B2T)
+        return step.trace(
+            config, serving_params(config), serving_cache(config, serving),
+            _integers((serving.batch, 1), "batch", "length"),
+            _integers((serving.batch, 2, 1), "batch", "qkv", "length"),
+        )  # fmt: skip
+
+
+def trace_join(config: GLMConfig, mesh: Mesh, serving: Serving) -> jax.stages.Traced:
+    """The step that feeds a prompt, one for each part of the mesh that has rows of its own."""
+    with jax.set_mesh(mesh):
+        prompts, length = num_parts("batch"), serving.prompt_length
+        row_B = _integers((prompts,), "batch")
+        step = jax.jit(join, static_argnums=0, donate_argnums=2)
+        return step.trace(
+            config, serving_params(config), serving_cache(config, serving),
+            _integers((prompts, length), "batch", "length"),
+            _integers((prompts, 2, length), "batch", "qkv", "length"), row_B, row_B,
+        )  # fmt: skip
+
+
+def join(
+    config: GLMConfig,
+    params: Params,
+    cache: KVCache,
+    tokens_BT: jax.Array,
+    positions_B2T: jax.Array,
+    context_B: jax.Array,
+    length_B: jax.Array,
+) -> tuple[jax.Array, KVCache]:
+    """`prefill` into a cache of its own, whose keys and values then replace those of the first rows
+    of a running batch: what `glmjax.inference.slots` does for one slot."""
+    own = KVCache.empty(config, *tokens_BT.shape)
+    logits_BV, own = prefill(config, params, own, tokens_BT, positions_B2T, context_B, length_B)
+
+    def put(rows_NBHS: jax.Array, own_NBHS: jax.Array) -> jax.Array:
+        axes = CACHE_AXES[: rows_NBHS.ndim]
+        start = [0] * rows_NBHS.ndim
+        update = per_device(
+            lambda x, y: jax.lax.dynamic_update_slice(x, y, start), (axes, axes), axes
+        )
+        return update(rows_NBHS, own_NBHS)
+
+    keys_values = jax.tree.map(put, *(replace(x, length_B=None) for x in (cache, own)))
+    return logits_BV, replace(keys_values, length_B=cache.length_B)
+
+
+def serving_params(config: GLMConfig) -> Params:
+    """The parameters as `glmjax.load(..., for_decoding=True)` has them on the ambient mesh: floats
+    in the type of the products."""
+    mesh, arrangement = jax.sharding.get_mesh(), decoding_arrangement()
+
+    def array(
+        path: Any, leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding
+    ) -> jax.ShapeDtypeStruct:
+        # Zero-points stay in float32.
+        casts = leaf.dtype == jnp.float32 and not leaf_name(path).endswith(".zero")
+        dtype = config.dtype if casts else leaf.dtype
+        return jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(
+        array, abstract_params(config, arrangement), param_shardings(config, mesh, arrangement)
+    )
+
+
+def serving_cache(config: GLMConfig, serving: Serving) -> KVCache:
+    """The cache of a running batch on the ambient mesh."""
+    cache = jax.eval_shape(lambda: KVCache.empty(config, serving.batch, serving.length))
+
+    def array(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = CACHE_AXES[: leaf.ndim] if leaf.ndim > 1 else ("batch",)
+        sharding = named_sharding(jax.sharding.get_mesh(), axes, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(array, cache)
+
+
+def _integers(shape: tuple[int, ...], *axes: str) -> jax.ShapeDtypeStruct:
+    sharding = named_sharding(jax.sharding.get_mesh(), axes, shape)
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)

@@ -12,13 +12,18 @@ from glmjax.planning.topologies import Topology
 GIB = 2**30
 
 
-def show(plan: Plan, console: Console, command: str | None = None) -> None:
-    """Prints a plan; `command` is what trains so."""
-    console.print(_verdict(plan), highlight=False, soft_wrap=True)
+def show(
+    plan: Plan, console: Console, command: str | None = None, prefill: Plan | None = None
+) -> None:
+    """Prints a plan; `command` is what trains so, `prefill` what of serving may need more memory."""
+    largest = max(plan, prefill or plan, key=lambda plan: plan.memory.needed)
+    console.print(_verdict(largest), highlight=False, soft_wrap=True)
     if command is not None:
         console.print(f"as in: {command}", highlight=False, soft_wrap=True)
     console.print(_facts(plan))
     console.print(_memory(plan))
+    if prefill is not None:
+        console.print(_prefill(prefill))
     if plan.communication:
         console.print(_communication(plan))
     if plan.estimate is not None:
@@ -46,7 +51,8 @@ def show_found(found: Sequence[Found], console: Console) -> None:
 
 def _verdict(plan: Plan) -> str:
     needed, hbm = plan.memory.needed / GIB, plan.hbm_bytes / GIB
-    what = f"{plan.model} on {Topology(plan.topology, plan.num_slices)}, {plan.chips:,} chips"
+    chips = f"{plan.chips:,} chip{'s' if plan.chips > 1 else ''}"
+    what = f"{plan.model} on {Topology(plan.topology, plan.num_slices)}, {chips}"
     if plan.fits:
         free = plan.margin / plan.hbm_bytes
         return (
@@ -74,7 +80,9 @@ def _facts(plan: Plan) -> Table:
         table.add_row("model FLOPs", f"{plan.model_flops:.3e}")
         table.add_row("hardware FLOPs", f"{plan.hardware_flops:.3e}, {ratio:.3f} times as many")
     else:
-        table.add_row("batch", f"{plan.rows:,} rows, each with room for {plan.length:,} tokens")
+        rows = f"{plan.rows:,} row{'s' if plan.rows > 1 else ''}"
+        table.add_row("weights", f"{plan.weights}, keys and values {plan.cache}")
+        table.add_row("batch", f"{rows} with room for {plan.length:,} tokens each")
         table.add_row("FLOPs", f"{plan.hardware_flops:.3e} for a token of every row")
     return table
 
@@ -96,6 +104,21 @@ def _memory(plan: Plan, most: int = 10) -> Table:
     for each in memory.contributors[:most]:
         times = f"{each.count} x " if each.count > 1 else ""
         table.add_row(f"  {each.name}", f"{times}{each.shape}", f"{each.bytes / GIB:.2f}")
+    return table
+
+
+def _prefill(plan: Plan) -> Table:
+    """What a prompt takes beside a running batch."""
+    table = Table(show_header=False, title="feeding a prompt, beside the rows of the batch")
+    prompts = f"{plan.microbatch_rows} at a time, " if plan.microbatch_rows > 1 else ""
+    table.add_row("prompt", f"{prompts}up to {plan.prompt:,} tokens")
+    for name, size in (
+        ("temporaries", plan.memory.temporaries),
+        ("needed", plan.memory.needed),
+    ):
+        table.add_row(f"{name}, GiB", f"{size / GIB:.2f}")
+    if plan.estimate is not None:
+        table.add_row("estimated time", f"{plan.estimate.seconds * 1e3:.0f} ms")
     return table
 
 

@@ -233,8 +233,13 @@ def absent_devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     Raises:
         ValueError: there is no such generation or no such slice.
     """
-    chip = Topology(topology, num_slices).generation
-    options: dict[str, Any] = {"chip_config_name": chip.chip_config} if chip.chip_config else {}
+    chips = Topology(topology, num_slices)
+    options: dict[str, Any] = {}
+    if chips.generation.chip_config is not None:
+        options["chip_config_name"] = chips.generation.chip_config
+    hosts = [*(1 if side % 2 else 2 for side in chips.sides[:2]), 1]
+    if hosts != [2, 2, 1]:  # what libtpu takes unless told, and so refuses single chips
+        options["chips_per_host_bounds"] = hosts
     if num_slices > 1:
         options["num_slices"] = num_slices
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices

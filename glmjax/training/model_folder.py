@@ -2,7 +2,7 @@
 
 A model folder holds `metadata.json`, the checksum of every file, and `state/`, which orbax restores:
 each parameter is a zarr array of uncompressed chunks of one layer, so that a chunk file is the bytes
-of one part. While it is written it is called NAME.unfinished and lists the parts that are whole,
+of one part; where layers differ, each has arrays of its own. While it is written it is called NAME.unfinished and lists the parts that are whole,
 from which an interrupted conversion goes on.
 """
 
@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tensorstore
 from etils import epath
 
 from glmjax.config import GLMConfig, config_from_json, config_to_json
-from glmjax.model.params import Params, leaf_name, specs
-from glmjax.model.parts import Key, Part, assemble, part_specs, read_ahead, take_apart
+from glmjax.model.params import Params, blocks_apart
+from glmjax.model.parts import Key, Part, assemble, leaf_of, part_specs, read_ahead, take_apart
 from glmjax.training import checksums, streaming
 from glmjax.training.checkpoint import (
     UNFINISHED,
@@ -64,13 +65,16 @@ def create_model(
     target = absolute_path(path)
     check_vacant(target)
     folder = target.with_name(target.name + UNFINISHED)
-    expected = part_specs(config)
+    expected, apart = part_specs(config), blocks_apart(config)
     keep = source is not None
     journal, sums = _resume(folder, config, dtypes, source)
     noted: list[Future[None]] = []
 
+    def file_name(key: Key) -> str:
+        return _file_name(leaf_of(key, apart), expected[key].shape)
+
     def left() -> list[Key]:
-        return [key for key, spec in expected.items() if _file_name(key, spec.shape) not in sums]
+        return [key for key in expected if file_name(key) not in sums]
 
     def write(key: Key, array: np.ndarray) -> None:
         shape, dtype = expected[key].shape, np.dtype(dtypes[key[0]])
@@ -79,7 +83,7 @@ def create_model(
                 f"{_describe(key)} must be {dtype}{list(shape)}, not "
                 f"{array.dtype}{list(array.shape)}"
             )
-        file = _file_name(key, shape)
+        file = file_name(key)
         with failure_reported(folder, keep):
             sum = _write_part(folder / file, np.ascontiguousarray(array))
         noted.append(executor.submit(note, file, sum))
@@ -128,8 +132,9 @@ def open_model(path: str | Path) -> tuple[GLMConfig, dict[Key, Part]]:
     config = config_from_json(GLMConfig, model)
     arrays: dict[str, tensorstore.TensorStore] = {}
     parts: dict[Key, Part] = {}
+    apart = blocks_apart(config)
     for key, spec in part_specs(config).items():
-        name, layer = key
+        name, layer = leaf_of(key, apart)
         if name not in arrays:
             arrays[name] = _open_array(folder / "state", name)
         array = arrays[name] if layer is None else arrays[name][layer]
@@ -139,7 +144,7 @@ def open_model(path: str | Path) -> tuple[GLMConfig, dict[Key, Part]]:
                 f"says {list(spec.shape)}"
             )
         dtype = array.dtype.numpy_dtype
-        file = _file_name(key, spec.shape)
+        file = _file_name((name, layer), spec.shape)
         if _is_database(folder / "state"):
             read = functools.partial(_read_slice, array)
         elif file in sums:
@@ -153,23 +158,28 @@ def open_model(path: str | Path) -> tuple[GLMConfig, dict[Key, Part]]:
 def save_model(path: str | Path, config: GLMConfig, params: Params) -> None:
     """Writes a model to a folder; one that is there already is replaced when the new one is whole.
 
-    The stored types are those of the parameters. In a job of several processes each writes its
-    share of all arrays, and the folder has the form of training checkpoints.
+    The stored types are those of the parameters, which may be in any arrangement. In a job of
+    several processes each writes its share of all arrays, and the folder has the form of training
+    checkpoints.
 
     Raises:
         FileExistsError: the folder holds something else.
+        ValueError: several processes have the parameters in another arrangement than `STORED`.
         CheckpointError: the disk is full, or the like.
     """
     if jax.process_count() > 1:
+        if not _is_stored(config, params):
+            raise ValueError(
+                "a job of several processes saves a model as it is stored, not as it lies for decoding"
+            )
         target = absolute_path(path)
         check_vacant(target)
         save_tree(target, {"params": params}, {**versions(), "model": config_to_json(config)})
         return
-    dtypes = {
-        leaf_name(path): leaf.dtype for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
+    parts = take_apart(config, params)
+    dtypes = {name: part.dtype for (name, _), part in parts.items()}
     with create_model(path, config, dtypes, source=None) as write:
-        for key, array in read_ahead(take_apart(config, params)):
+        for key, array in read_ahead(parts):
             write[key](array)
 
 
@@ -207,9 +217,15 @@ def _find(folder: epath.Path) -> epath.Path:
     return folder / str(step)
 
 
-def _file_name(key: Key, shape: tuple[int, ...]) -> str:
-    """Where a part lies in its model folder: the chunk of a zarr array that orbax calls params.NAME."""
-    name, layer = key
+def _is_stored(config: GLMConfig, params: Params) -> bool:
+    is_int4 = any(leaf.dtype == jnp.int4 for leaf in jax.tree.leaves(params))
+    return isinstance(params.blocks, tuple) == blocks_apart(config) and not is_int4
+
+
+def _file_name(leaf: Key, shape: tuple[int, ...]) -> str:
+    """Where a part, told by its leaf, lies in its model folder: the chunk of a zarr array that orbax
+    calls params.NAME."""
+    name, layer = leaf
     indices = [0] * len(shape) if layer is None else [layer, *[0] * len(shape)]
     return f"state/params.{name}/{'.'.join(map(str, indices))}"
 
@@ -256,19 +272,24 @@ def _create_arrays(folder: epath.Path, config: GLMConfig, dtypes: Mapping[str, A
     metadata = {**versions(), "model": config_to_json(config)}
     (folder / "metadata.json").write_text(json.dumps(metadata, indent=2))
     tree = {}
-    for path, spec in jax.tree_util.tree_leaves_with_path(specs(config)):
-        name = leaf_name(path)
-        chunk = (1, *spec.shape[1:]) if spec.axes[0] == "layer" else spec.shape
+    apart = blocks_apart(config)
+    for key, spec in part_specs(config).items():
+        name, layer = leaf_of(key, apart)
+        if layer not in (None, 0):
+            continue
+        layers, one = ((), ()) if layer is None else ((config.num_layers,), (1,))
         tensorstore.open(
             _zarr(state, name) | {"metadata": {"compressor": None}},
             create=True,
-            dtype=tensorstore.dtype(np.dtype(dtypes[name])),
-            shape=spec.shape,
-            chunk_layout=tensorstore.ChunkLayout(chunk_shape=chunk),
+            dtype=tensorstore.dtype(np.dtype(dtypes[key[0]])),
+            shape=(*layers, *spec.shape),
+            chunk_layout=tensorstore.ChunkLayout(chunk_shape=(*one, *spec.shape)),
         ).result()
         keys = ("params", *name.split("."))
         tree[str(keys)] = {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: of a dictionary
+            "key_metadata": [  # 1: of a sequence, 2: of a dictionary
+                {"key": key, "key_type": 1 if key.isdecimal() else 2} for key in keys
+            ],
             "value_metadata": {"value_type": "jax.Array", "skip_deserialize": False},
         }
     (state / "_METADATA").write_text(

@@ -4,7 +4,7 @@
 
 import pytest
 
-from glmjax.data.chat import chat_prompt, tidy_answer
+from glmjax.data.chat import chat_prompt, settled, tidy_answer
 
 HISTORY = [("hi", "hello"), ("who?", "GLM")]
 
@@ -44,3 +44,25 @@ def test_rounds_of_chatglm2_count_from_1():
 def test_answers_are_tidied(decoded, shown):
     assert tidy_answer(decoded) == shown
     assert tidy_answer(shown) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "beginning"),
+    [
+        ("hello", "hello"),
+        ("hello ", "hello"),
+        ("hello,", "hello"),
+        ("你好,", "你好,"),
+        ("你好\ufffd\ufffd", "你好"),
+        ("they do n", "they do"),
+        ("they 'v", "they"),
+        ("line<", "line"),
+        ("line<|blank_1", "line"),
+        ("截至[[训练时", "截至"),
+        ("截至[[训练时间]]", "截至[[训练时间]]"),
+        ("well, [[", "well"),
+        (" \n", ""),
+    ],
+)
+def test_what_more_text_may_change_is_not_settled(text, beginning):
+    assert settled(text) == beginning

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny_run
 
-from glmjax.cli import load_experiment, main
+from glmjax.cli import main
+from glmjax.cli.experiments import load_experiment
 from glmjax.config import Experiment, replace
 from glmjax.data.blanks import OBJECTIVES, make_batch
 from glmjax.data.ramp import batch_sizes, rows_before

@@ -8,13 +8,21 @@ from uncached import fill_greedily, full_logits
 
 import glmjax
 from glmjax.config import MeshConfig, replace
-from glmjax.inference.generate import advance, begin, generate, new_ids
+from glmjax.inference import generate as generate_module
+from glmjax.inference.generate import (
+    advance,
+    begin,
+    cache_tokens,
+    generate,
+    new_ids,
+    stream,
+)
 from glmjax.inference.prompts import find_blanks, lay_out, prompt_row, random_streams
 from glmjax.inference.sampling import Sampling
 from glmjax.model.attention import KVCache
-from glmjax.model.params import param_shardings
+from glmjax.model.params import abstract_params, param_shardings
 from glmjax.model.transformer import decode_step, prefill
-from glmjax.presets import TRAINED_TOKENS
+from glmjax.presets import TRAINED_TOKENS, get_config
 from glmjax.sharding import make_mesh
 
 MASK, SMASK, GMASK = TRAINED_TOKENS.mask, TRAINED_TOKENS.smask, TRAINED_TOKENS.gmask
@@ -152,11 +160,133 @@ def test_steps_can_be_run_one_at_a_time(glm):
     decoding = begin(config, params, rows, 5, sampling, random_streams(PROMPTS))
     lengths = []
     for _ in range(5):
-        decoding = advance(config, params, decoding, sampling, 1)
+        decoding = advance(config, params, decoding, 1)
         lengths.append([len(pieces[0]) for pieces in new_ids(decoding, rows)])
     assert lengths == [[n] * len(PROMPTS) for n in (1, 2, 3, 4, 5)]
     whole = generate(config, params, PROMPTS, 5, sampling)
     assert [pieces[0] for pieces in new_ids(decoding, rows)] == whole
+
+
+@pytest.mark.parametrize("steps", [1, 3, 8, 99])
+def test_a_stream_is_what_generate_gives(glm, steps):
+    config, params = glm
+    sampling = Sampling(seed=5)
+    (whole,) = generate(config, params, PROMPTS[:1], 8, sampling)
+    lists = list(stream(config, params, PROMPTS[0], 8, sampling, steps))
+    assert [id for ids in lists for id in ids] == whole
+    assert [len(ids) for ids in lists] == [
+        1,
+        *[steps] * (7 // steps),
+        *[7 % steps] * (7 % steps > 0),
+    ]
+
+
+@pytest.fixture(scope="module")
+def ended(glm):
+    """The model with ends so early that the first prompt has two tokens and the second none."""
+    config, params = glm
+    whole = generate(config, params, PROMPTS, 8, GREEDY)
+    eop, eos = whole[0][2], whole[1][0]
+    assert not {eop, eos} & {*whole[0][:2]}
+    return replace(config, special_tokens=replace(config.special_tokens, eop=eop, eos=eos))
+
+
+def test_a_stream_ends_where_the_piece_does(glm, ended):
+    (whole,) = generate(*glm, PROMPTS[:1], 8, GREEDY)
+    assert list(stream(ended, glm[1], PROMPTS[0], 8, GREEDY, 2)) == [whole[:1], whole[1:2]]
+    assert list(stream(ended, glm[1], PROMPTS[1], 8, GREEDY, 2)) == []
+
+
+def test_a_closed_stream_draws_no_more(glm, monkeypatch):
+    """The device is one list ahead of what is read, and no further."""
+    config, params = glm
+    asked = []
+    monkeypatch.setattr(
+        generate_module, "advance", lambda *args: asked.append(args[3]) or advance(*args)
+    )
+    drawn = stream(config, params, PROMPTS[0], 8, GREEDY, 2)
+    assert asked == []
+    next(drawn), next(drawn)
+    drawn.close()
+    assert asked == [1, 2, 2]
+    assert list(drawn) == []
+
+
+def test_unusable_streams_are_refused_at_once(glm):
+    with pytest.raises(ValueError, match="the prompt ends in 30, but must end in <sop>"):
+        stream(*glm, [MASK, 30], 8)
+    with pytest.raises(ValueError, match=r"the prompt .* needs position 129"):
+        stream(*glm, [30] * 129 + [MASK, SOP], 8)
+    with pytest.raises(ValueError, match="steps must be positive, got 0"):
+        stream(*glm, PROMPTS[0], 8, GREEDY, 0)
+
+
+def test_rules_of_sampling_hold_in_the_loop(glm, ended):
+    config, params = glm
+    ends = {ended.special_tokens.eop, ended.special_tokens.eos}
+    least = replace(GREEDY, min_new_tokens=5)
+    for piece in generate(ended, params, PROMPTS[:1], 8, least):
+        assert len(piece) >= 5 and not ends & {*piece}
+    (whole,) = generate(config, params, PROMPTS[:1], 8, GREEDY)
+    (other,) = generate(config, params, PROMPTS[:1], 8, replace(GREEDY, banned=(whole[0],)))
+    assert other and whole[0] not in other
+
+
+@pytest.mark.slow
+def test_rules_count_the_tokens_of_each_blank(glm, ended):
+    ids = [CLS, 40, MASK, 41, MASK, EOS, SOP, SOP]
+    row = lay_out(ended, ids, [2, 4], num_open=2)
+    sampling = replace(GREEDY, min_new_tokens=4, no_repeat_ngram=1)
+    decoding = begin(ended, glm[1], [row], 8, sampling, [(0, 0)])
+    for piece in new_ids(advance(ended, glm[1], decoding), [row])[0]:
+        assert len(piece) >= 4 and len({*piece}) == len(piece)
+
+
+@pytest.mark.slow
+def test_a_batch_is_kept_as_a_history(glm):
+    """Prompt, opening and piece of each row in the order in which they were fed, -1 behind them."""
+    config, params = glm
+    ids = [CLS, 40, MASK, 41, MASK, EOS, SOP, SOP]
+    row = lay_out(config, ids, [2, 4], num_open=2)
+    decoding = advance(config, params, begin(config, params, [row], 3, GREEDY, [(0, 0)]))
+    first, second = new_ids(decoding, [row])[0]
+    ids_S = decoding.ids_BS[0].tolist()
+    fed = [*ids[:-2], SOP, *first, SOP, *second]
+    assert ids_S == fed + [-1] * (len(ids_S) - len(fed))
+    assert len(fed) == int(decoding.cache.length_B[0]) + 1  # The very last token is not fed.
+
+
+@pytest.mark.parametrize(
+    ("prompt", "new", "blanks"), [(1, 1, 1), (16, 8, 1), (17, 9, 2), (100, 20, 1)]
+)
+def test_the_cache_has_the_slots_that_are_announced(glm, prompt, new, blanks):
+    config, params = glm
+    ids = [30] * (prompt - blanks) + [MASK] * blanks + [SOP] * blanks
+    row = lay_out(config, ids, list(range(prompt - blanks, prompt)), num_open=blanks)
+    decoding = jax.eval_shape(
+        lambda params: begin(config, params, [row] * 3, new, GREEDY, [(0, 0)] * 3), params
+    )
+    slots = cache_tokens(config, prompt, new, blanks)
+    assert decoding.cache.k_NBHSK.shape[3] == slots
+    assert slots >= prompt + blanks * (new + 1) - 1
+
+
+def test_the_slots_of_a_prefix_are_announced_too():
+    config = get_config("chatglm-tiny", prefix_length=5)
+    tokens = config.special_tokens
+    row = prompt_row(config, [30, tokens.gmask, tokens.sop], "prompt")
+    decoding = jax.eval_shape(
+        lambda params: begin(config, params, [row], 8, GREEDY, [(0, 0)]), abstract_params(config)
+    )
+    assert decoding.cache.k_NBHSK.shape[3] == cache_tokens(config, 2, 8) == 5 + 16 + 8
+
+
+def test_the_cache_is_handed_on(glm):
+    config, params = glm
+    row = prompt_row(config, PROMPTS[0], "prompt")
+    decoding = begin(config, params, [row], 8, GREEDY, [(0, 0)])
+    advance(config, params, decoding, 1)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(decoding))
 
 
 def test_one_compilation_serves_a_bucket(glm):

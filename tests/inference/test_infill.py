@@ -3,6 +3,7 @@ import pytest
 from uncached import fill_greedily
 
 from glmjax.config import replace
+from glmjax.inference.beam import BeamSearch, beam_search
 from glmjax.inference.generate import generate
 from glmjax.inference.infill import Filled, infill, infill_text
 from glmjax.inference.sampling import Sampling
@@ -108,6 +109,30 @@ def test_glm_4_continues_behind_the_opening_of_its_texts(glm_4):
     assert filled[0].splice() == [30, 31, 32, *filled[0].pieces[0]]
 
 
+def test_glm_searches_the_best_piece_of_one_blank_after_the_other(glm_ending):
+    config, params = glm_ending
+    search = BeamSearch(num_beams=2, no_repeat_ngram=2)
+    texts = [[30, MASK, 31, SMASK, 32], [40, 41, MASK, GMASK]]
+    filled = infill(config, params, texts, LIMIT, search)
+    prompts = [[CLS, *texts[0], EOS, SOP], [CLS, *texts[1], SOP]]
+    for k in range(2):
+        best = [beams[0].ids for beams in beam_search(config, params, prompts, LIMIT, search)]
+        assert [text.pieces[k] for text in filled] == best
+        prompts = [[*prompt, *piece, SOP] for prompt, piece in zip(prompts, best, strict=True)]
+
+
+def test_glm_130b_searches_behind_what_it_filled(glm_130b_ending):
+    config, params = glm_130b_ending
+    search = BeamSearch(num_beams=2)
+    (filled,) = infill(config, params, [[30, MASK, 31, GMASK]], LIMIT, search)
+    first, second = filled.pieces
+    for prompt, piece in (
+        ([30, MASK, 31, GMASK, SOP], first),
+        ([30, *first, 31, GMASK, SOP], second),
+    ):
+        assert beam_search(config, params, [prompt], LIMIT, search)[0][0].ids == piece
+
+
 @pytest.mark.parametrize("name", ["glm_ending", "glm_130b_ending", "chatglm"])
 def test_a_batch_equals_each_text_alone(request, name):
     config, params = request.getfixturevalue(name)
@@ -207,6 +232,12 @@ def test_unusable_texts_are_refused(request, name, text, message):
     config, params = request.getfixturevalue(name)
     with pytest.raises(ValueError, match=message):
         infill(config, params, [[30, MASK], text], LIMIT)
+
+
+def test_banned_ids_outside_the_vocabulary_are_refused(glm):
+    for settings in (Sampling(banned=(512,)), BeamSearch(banned=(512,))):
+        with pytest.raises(ValueError, match="banned has token 512, but vocab_size = 512"):
+            infill(*glm, [[30, MASK]], LIMIT, settings)
 
 
 def test_no_texts_give_nothing(glm_130b):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,15 @@ MODELS = {
     "chatglm-tiny": Quantization(4),
     "glm-4-tiny": Quantization(8, shards=2),
 }
+OPTIONS = {
+    "zeropoint": ("glm-130b-tiny", Quantization(4, scheme="zeropoint")),
+    "groups": ("glm-130b-tiny", Quantization(4, group_size=16)),
+    "everything": ("chatglm-tiny", Quantization(
+        8, scheme="zeropoint", group_size=32, kernels=("qkv", "ffn_in"), embeddings=True,
+        float_layers=(1,),
+    )),
+    "an output layer": ("glm-4-tiny", Quantization(4, embeddings=True, float_layers=(0,))),
+}  # fmt: skip
 
 
 def draw(config: GLMConfig) -> Params:
@@ -41,12 +51,14 @@ def draw(config: GLMConfig) -> Params:
 
     def leaf(path, abstract):
         name, shape = leaf_name(path), abstract.shape
-        if name.endswith("kernel.values") and config.quantization.bits == 8:
+        if name.endswith(".values") and config.quantization.bits == 8:
             return random.integers(-127, 128, shape).astype(np.int8)
-        if name.endswith("kernel.values"):
+        if name.endswith(".values"):
             even, odd = random.integers(-7, 8, (2, *shape))
             return (even * 16 + odd % 16).astype(np.int8)
-        if name.endswith("kernel.scale"):
+        if name.endswith(".zero"):
+            return random.integers(-5, 6, shape).astype(np.float32)
+        if abstract.dtype == np.float16:
             largest = {4: 7, 8: 127}[config.quantization.bits]
             return (random.uniform(0.1, 0.4, shape) / largest).astype(np.float16)
         return (name.endswith("scale") + 0.1 * random.standard_normal(shape)).astype(np.float32)
@@ -54,41 +66,60 @@ def draw(config: GLMConfig) -> Params:
     return jax.tree_util.tree_map_with_path(leaf, abstract_params(config))
 
 
-INPUT_AXES = {"qkv": (0,), "q": (0,), "kv": (0,), "attention_out": (0, 1), "ffn_out": (0,)}
+def weights(bits: int, quantized: Quantized, inputs: int) -> np.ndarray:
+    """A matrix [*outputs, *inputs] in float32, by the definition of the format."""
+    values = quantized.values.astype(int)
+    if bits == 4:
+        low = values & 15
+        pairs = np.stack([values >> 4, np.where(low > 7, low - 16, low)], -1)
+        values = pairs.reshape(*values.shape[:-1], -1)
+    first = values.ndim - inputs
+
+    def for_each_weight(numbers: np.ndarray) -> np.ndarray:
+        """Numbers [group, *outputs] where their group is."""
+        each = np.repeat(np.moveaxis(numbers, 0, -1), values.shape[first] // len(numbers), axis=-1)
+        return each.reshape(*each.shape, *[1] * (inputs - 1)).astype(np.float32)
+
+    if quantized.zero is not None:
+        values = values + for_each_weight(quantized.zero)
+    return (values * for_each_weight(quantized.scale)).astype(np.float32)
 
 
 def dense(config: GLMConfig, params: Params) -> Params:
-    """The same model with kernels in float32, by the definition of the format."""
+    """The same model with matrices in float32 in the order of plain kernels."""
+    bits = config.quantization.bits
 
-    def kernel(name: str, quantized: Quantized) -> np.ndarray:
-        gated = config.ffn != "gelu"
-        first, *others = INPUT_AXES.get(name, (int(gated),))  # ffn_in: behind the gate
-        last = (others or [first])[-1]
-        layers = []
-        for values, scale in zip(quantized.values, quantized.scale, strict=True):
-            values = np.moveaxis(values.astype(int), last, -1)
-            if config.quantization.bits == 4:
-                low = values & 15
-                pairs = np.stack([values >> 4, np.where(low > 7, low - 16, low)], -1)
-                values = pairs.reshape(*values.shape[:-1], -1)
-            values = np.moveaxis(values, -1, last)
-            scale = np.repeat(scale.astype(np.float32), values.shape[first] // len(scale), axis=0)
-            for axis in others:
-                scale = np.expand_dims(scale, axis)
-            layers.append(values * np.moveaxis(scale, 0, first))
-        return np.stack(layers).astype(np.float32)
+    def table(embedding):
+        return weights(bits, embedding, 1) if isinstance(embedding, Quantized) else embedding
 
-    blocks = {
-        field.name: value.replace(kernel=kernel(field.name, value.kernel))
-        for field in dataclasses.fields(Block)
-        if isinstance(value := getattr(params.blocks, field.name), Linear)
-    }
-    return params.replace(blocks=params.blocks.replace(**blocks))
+    def layer(name: str, kernel: Quantized) -> np.ndarray:
+        if name == "attention_out":
+            return np.moveaxis(weights(bits, kernel, 2), 0, -1)
+        if name == "ffn_in":  # behind the gate
+            return np.swapaxes(weights(bits, kernel, 1), -1, -2)
+        return np.moveaxis(weights(bits, kernel, 1), -1, 0)
+
+    def block(params_n: Block) -> Block:
+        return params_n.replace(**{
+            field.name: value.replace(kernel=layer(field.name, value.kernel))
+            for field in dataclasses.fields(Block)
+            if isinstance(value := getattr(params_n, field.name), Linear)
+            and isinstance(value.kernel, Quantized)
+        })  # fmt: skip
+
+    blocks = params.blocks
+    if not isinstance(blocks, tuple):
+        blocks = [jax.tree.map(operator.itemgetter(n), blocks) for n in range(config.num_layers)]
+    return params.replace(
+        word_embedding=table(params.word_embedding),
+        output_embedding=table(params.output_embedding),
+        blocks=jax.tree.map(lambda *leaves: np.stack(leaves), *map(block, blocks)),
+    )
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_quantised_kernels_are_their_dequantised_values(name, rows):
-    config = glmjax.get_config(name, quantization=MODELS[name])
+@pytest.mark.parametrize("name, quantization", [*MODELS.items(), *OPTIONS.values()])
+def test_quantised_kernels_are_their_dequantised_values(name, quantization, rows):
+    config = glmjax.get_config(name, quantization=quantization)
     params = draw(config)
     inputs = rows.tokens_BT, rows.positions_B2T, rows.mask
     found = FORWARD(config, params, *inputs)
@@ -99,7 +130,7 @@ def test_quantised_kernels_are_their_dequantised_values(name, rows):
 
 
 def test_bytes_hold_the_even_number_in_the_high_half():
-    kernel = Quantized(jnp.array([[30], [121], [-43]], jnp.int8), jnp.ones((1, 1), jnp.float16))
+    kernel = Quantized(jnp.array([[30, 121, -43]], jnp.int8), jnp.ones((1, 1), jnp.float16))
     y = linear("btd,df->btf", Linear(kernel, None), jnp.eye(6)[None])
     np.testing.assert_array_equal(y[0, :, 0], [1, -2, 7, -7, -3, 5])
 
@@ -150,7 +181,7 @@ def test_a_mesh_changes_nothing(name, rows):
         sharded = jax.device_put(params, param_shardings(config, mesh))
         found = FORWARD(config, sharded, *inputs)
     kernel = sharded.blocks.ffn_in.kernel
-    assert kernel.values.sharding.spec[-2:] == ("fsdp", "tensor")
+    assert kernel.values.sharding.spec[-2:] == ("tensor", "fsdp")
     assert kernel.scale.sharding.spec[-1] == "tensor"
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
@@ -165,20 +196,20 @@ def test_decoding_dequantises_too(rows):
     assert glmjax.generate(config, params, prompts, 8, greedy) == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_counts_are_those_of_the_weights(name):
-    quantized = glmjax.get_config(name, quantization=MODELS[name])
+@pytest.mark.parametrize("name, quantization", [*MODELS.items(), *OPTIONS.values()])
+def test_counts_are_those_of_the_weights(name, quantization):
+    quantized = glmjax.get_config(name, quantization=quantization)
     assert count_params(quantized) == count_params(glmjax.get_config(name))
 
 
 def test_scales_have_a_group_for_each_shard():
     blocks = specs(glmjax.get_config("glm-130b", quantization=Quantization(4, 8))).blocks
-    assert blocks.qkv.kernel.values.shape == (70, 6144, 3, 96, 128)
+    assert blocks.qkv.kernel.values.shape == (70, 3, 96, 128, 6144)
     assert blocks.qkv.kernel.scale.shape == (70, 1, 3, 96, 128)
-    assert blocks.attention_out.kernel.values.shape == (70, 96, 64, 12288)
+    assert blocks.attention_out.kernel.values.shape == (70, 12288, 96, 64)
     assert blocks.attention_out.kernel.scale.shape == (70, 8, 12288)
     assert blocks.ffn_in.kernel.scale.shape == (70, 1, 2, 32768)
-    assert blocks.ffn_out.kernel.values.shape == (70, 16384, 12288)
+    assert blocks.ffn_out.kernel.values.shape == (70, 12288, 16384)
     assert blocks.ffn_out.kernel.scale.shape == (70, 8, 12288)
 
 

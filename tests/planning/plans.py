@@ -37,8 +37,9 @@ def make_plan(needed: float = 10.0, seconds: float | None = 2.0, **changes: obje
     )  # fmt: skip
     plan = Plan(
         job="train", model="glm-130b", topology="v5p:2x2x1", num_slices=1, chips=4, devices=4,
-        mesh={"data": 1, "fsdp": 2, "fsdp_line": 1, "tensor": 2}, rows=16, microbatch_rows=4,
-        length=256, remat="block", fits=needed <= 95, hbm_bytes=95 * GIB,
+        mesh={"data": 1, "fsdp": 2, "fsdp_line": 1, "tensor": 2},
+        weights="bfloat16", cache="", rows=16, microbatch_rows=4, length=256, prompt=0,
+        remat="block", fits=needed <= 95, hbm_bytes=95 * GIB,
         memory=Memory(
             arguments, temporaries, arguments + temporaries // 2,
             (Contributor("kept for the backward pass", "bf16[70,1,2048,12288]", 6, 3 * GIB),),

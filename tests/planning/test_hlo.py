@@ -304,6 +304,43 @@ def test_only_what_slices_touch_passes_hbm():
     assert copy.hbm_bytes == 64
 
 
+def test_what_is_turned_for_a_slice_is_not_read_whole():
+    fused = """
+%turn (p: s4[16,32]) -> s4[16,32] {
+  %p = s4[16,32]{1,0:T(64,128)(8,1)E(4)} parameter(0)
+  ROOT %c = s4[16,32]{1,0:T(8,128)(8,1)E(4)} copy(%p)
+}
+
+%take (p: s4[16,32], i: s32[]) -> s4[1,32] {
+  %p = s4[16,32]{1,0:T(64,128)(8,1)E(4)} parameter(0)
+  %turned = s4[16,32]{1,0:T(8,128)(8,1)E(4)} fusion(%p), kind=kLoop, calls=%turn
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %s = s4[1,32] dynamic-slice(%turned, %i, %zero), dynamic_slice_sizes={1,32}
+}
+"""
+    entry = """  %w = s4[16,32] bitcast(%x)
+  ROOT %row = s4[1,32]{1,0:T(8,128)S(1)} fusion(%w, %n), kind=kLoop, calls=%take"""
+    (row,) = program(entry, fused).events
+    assert row.hbm_bytes == 32 / 2 + 4  # four bits a number
+
+
+def test_a_look_up_reads_the_rows_that_it_finds():
+    fused = """
+%look (p: bf16[16,32], i: s32[2]) -> bf16[2,32] {
+  %p = bf16[16,32] parameter(0)
+  %i = s32[2] parameter(1)
+  ROOT %g = bf16[2,32] gather(%p, %i), offset_dims={1}, collapsed_slice_dims={0}
+}
+"""
+    rows = "  %i = s32[2] broadcast(%n)\n"
+    fusion = "  ROOT %y = bf16[2,32] fusion(%x, %i), kind=kCustom, calls=%look"
+    alone = "  ROOT %y = bf16[2,32] gather(%x, %i), offset_dims={1}, collapsed_slice_dims={0}"
+    for entry, number_bytes in ((fusion, 8), (alone, 0)):
+        *_, found = program(rows + entry, fused).events
+        assert found.hbm_bytes == 2 * (2 * 32 * 2) + number_bytes
+
+
 def compile_layers(num_layers, length):
     """A scanned stack of sharded products, and the loss of as many rows as are asked for."""
     devices = absent_devices("v5p:2x2x1")

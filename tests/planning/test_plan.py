@@ -8,7 +8,7 @@ import pytest
 from plans import GIB, make_experiment, make_plan
 
 import glmjax.planning.plan
-from glmjax.config import MeshConfig, replace
+from glmjax.config import MeshConfig, Quantization, replace
 from glmjax.model.params import count_params
 from glmjax.planning import hlo
 from glmjax.planning.arrange import arrange, flags, place
@@ -20,6 +20,7 @@ from glmjax.sharding import mesh_sizes
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 needs_libtpu = pytest.mark.tpu
+JOBS = "decode", "prefill"
 
 
 @pytest.fixture
@@ -228,10 +229,47 @@ def test_serving_is_planned(experiment):
 
 
 @needs_libtpu
+@pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, tensor=2)], ids=str)
+def test_a_prompt_joins_a_running_batch(experiment, mesh):
+    """The rows that run need their place meanwhile, so that no less is needed than to decode."""
+    served = replace(experiment, mesh=mesh)
+    topology = "v5e:1x1" if mesh.data == 1 else "v5e:2x2"
+    serving = Serving(batch=4, length=512, prompt=256)
+    decode, prefill = (plan(served, topology, job=job, serving=serving) for job in JOBS)
+    assert (prefill.prompt, prefill.microbatch_rows) == (256, mesh.data)
+    assert prefill.estimate.seconds > 0
+    # All weights and keys, and neither a copy of them nor a cache for every row.
+    assert prefill.memory.arguments >= 0.99 * decode.memory.arguments
+    model, cache = experiment.model, 2 * 2 * experiment.model.num_layers * 512 * 512
+    assert prefill.memory.temporaries > 2 * 256 * model.ffn_size
+    assert prefill.memory.temporaries < 2 * cache
+
+
+@needs_libtpu
+@pytest.mark.parametrize("bits", [8, 4])
+def test_integers_take_their_place_alone(experiment, bits):
+    served = replace(experiment, mesh=MeshConfig(data=1))
+    integers = replace(served, **{"model.quantization": Quantization(bits)})
+    serving = Serving(batch=1, length=128)
+    made, floats = (
+        plan(x, "v5e:1x1", job="decode", serving=serving, memory_only=True)
+        for x in (integers, served)
+    )
+    weights = sum(
+        part.bytes for part in floats.memory.contributors
+        if part.name.startswith("params.blocks.") and part.name.endswith(".kernel")
+    )  # fmt: skip
+    assert floats.memory.needed - made.memory.needed == pytest.approx(
+        weights * (1 - bits / 16), rel=0.05
+    )
+    assert made.weights == f"int{bits}" and floats.weights == "bfloat16"
+
+
+@needs_libtpu
 @pytest.mark.slow
 def test_glm_130b_fits_on_1024_chips(tmp_path):
     """One to five minutes on two cores."""
-    from glmjax.cli import load_experiment
+    from glmjax.cli.experiments import load_experiment
 
     published = load_experiment(EXPERIMENTS / "glm_130b.py")
     topology = Topology("v5p:8x8x16")

@@ -10,7 +10,10 @@ from plans import GIB, make_experiment, make_plan
 import glmjax.planning.plan
 import glmjax.planning.search
 from glmjax.cli import main
+from glmjax.config import Quantization
+from glmjax.planning.programs import Serving
 from glmjax.planning.search import Found
+from glmjax.presets import get_config, list_configs
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +31,12 @@ def experiment_file(tmp_path_factory):
 @pytest.fixture
 def planned(monkeypatch):
     """What was asked for; the answer can be set."""
-    asked = {"answer": make_plan(needed=20.0)}
+    asked = {"answer": make_plan(needed=20.0), "prefill": make_plan(job="prefill"), "jobs": []}
 
     def plan(experiment, topology, job="train", serving=None):
-        asked.update(experiment=experiment, topology=topology, job=job, serving=serving)
-        return asked["answer"]
+        asked.update(experiment=experiment, topology=topology, serving=serving)
+        asked["jobs"].append(job)
+        return asked["prefill" if job == "prefill" else "answer"]
 
     monkeypatch.setattr(glmjax.planning.plan, "plan", plan)
     return asked
@@ -106,15 +110,51 @@ def test_a_mesh_for_other_devices_is_arranged_unless_one_is_given(capsys, experi
 
 
 def test_serving_has_its_own_flags(capsys, experiment_file, planned):
-    planned["answer"] = make_plan(job="decode", rows=8)
+    planned["answer"] = make_plan(job="decode", rows=8, cache="bfloat16")
     _, out, _ = run_main(
         capsys, "plan", experiment_file, "--topology", "v5p:2x2x1", "--job", "decode",
-        "--batch", "8", "--length", "1024",
+        "--batch", "8", "--length", "1024", "--prompt", "256", "--quantize", "int4",
     )  # fmt: skip
-    assert planned["job"] == "decode"
-    assert (planned["serving"].batch, planned["serving"].length) == (8, 1024)
+    assert planned["jobs"] == ["decode", "prefill"]
+    assert planned["serving"] == Serving(8, 1024, 256)
+    assert planned["experiment"].model.quantization == Quantization(4)
     assert planned["experiment"].mesh.tensor == 4
     assert "a token of every row" in out and "ms at least" in out
+
+
+def test_the_step_that_needs_more_decides(capsys, experiment_file, planned):
+    arguments = "plan", experiment_file, "--topology", "v5p:2x2x1", "--job", "decode"
+    planned["answer"] = make_plan(20.0, job="decode", rows=8, cache="bfloat16")
+    planned["prefill"] = make_plan(30.0, seconds=0.125, job="prefill", prompt=256)
+    _, out, _ = run_main(capsys, *arguments)
+    assert "A device needs 30.0 of 95.0 GiB" in out
+    assert "4 at a time, up to 256 tokens" in out and "125 ms" in out
+    _, out, _ = run_main(capsys, *arguments, "--json")
+    values = json.loads(out)
+    assert values["fits"] and values["memory"]["arguments"] == GIB
+    assert values["prefill"]["prompt"] == 256 and values["prefill"]["margin"] == 65 * GIB
+    planned["prefill"] = make_plan(100.0, seconds=None, job="prefill", prompt=256)
+    assert run_main(capsys, *arguments)[1].startswith("It does not fit")
+    assert not json.loads(run_main(capsys, *arguments, "--json")[1])["fits"]
+
+
+@pytest.mark.parametrize("name", list_configs())
+def test_a_published_model_needs_no_experiment(name, capsys, planned):
+    planned["answer"] = make_plan(job="decode", rows=1, cache="bfloat16")
+    status, _, _ = run_main(
+        capsys, "plan", name, "--topology", "v5e:1x1", "--job", "decode", "--batch", "1"
+    )
+    assert status == 0
+    assert planned["experiment"].model == get_config(name, dtype="bfloat16")
+    assert (planned["topology"].chips, planned["experiment"].mesh.tensor) == (1, 1)
+
+
+@pytest.mark.parametrize("arguments", [("chatglm-6b",), ("file", "--quantize", "int8")])
+def test_what_is_for_serving_alone(arguments, capsys, experiment_file, planned):
+    name, *others = (experiment_file if x == "file" else x for x in arguments)
+    status, _, err = run_main(capsys, "plan", name, "--topology", "v5p:2x2x1", *others)
+    assert status == 1 and "are for --job decode" in err
+    assert planned["jobs"] == []
 
 
 @pytest.mark.parametrize(
@@ -146,8 +186,24 @@ def test_a_search_shows_what_fits_and_the_best(capsys, experiment_file, monkeypa
         (("--chips", "13", "--generation", "v5e"), "no slices of v5e have 13 chips"),
         (("--topology", "v5p:2x2x1", "--mesh.fsdp", "3"), "does not fit 4 devices"),
         (("--topology", "v5p:2x2x1", "--search", "--job", "decode"), "--search is for training"),
+        (("--topology", "v5p:2x2x1", "--batch", "0"), "batch must be positive, got 0"),
+        (
+            ("--topology", "v5p:2x2x1", "--length", "128", "--prompt", "256"),
+            "a prompt of 256 tokens does not fit a cache of 128",
+        ),
     ],
-    ids=["nothing", "half", "both", "sides", "generation", "chips", "mesh", "search for serving"],
+    ids=[
+        "nothing",
+        "half",
+        "both",
+        "sides",
+        "generation",
+        "chips",
+        "mesh",
+        "search for serving",
+        "no rows",
+        "long prompt",
+    ],
 )
 def test_mistakes_are_one_sentence(capsys, experiment_file, arguments, sentence):
     status, out, err = run_main(capsys, "plan", experiment_file, *arguments)

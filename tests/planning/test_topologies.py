@@ -42,6 +42,16 @@ def test_an_absent_chip_is_what_the_table_says(generation):
     assert compile_absent(describe, generation) == ("tpu", chip.device_kind, chip.cores)
 
 
+def count(topology):
+    return len(absent_devices(topology))
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize("topology", ["v4:1x1x1", "v5e:1x1", "v5p:1x1x1", "v6e:1x1", "tpu7x:1x1x1"])
+def test_one_chip_is_a_slice(topology):
+    assert compile_absent(count, topology) == Topology(topology).num_devices
+
+
 @pytest.mark.parametrize(
     ("generation", "chips", "name"),
     [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tyro
 
-from glmjax.cli import load_experiment
+from glmjax.cli.experiments import load_experiment
 from glmjax.config import Experiment
 from tpu.job import Job
 

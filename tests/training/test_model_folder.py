@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -45,6 +46,10 @@ CONFIGS = {
     "tied": CONFIG,
     "untied": replace(PRESETS["glm-130b-tiny"], tied_embeddings=False),
     "quantised": replace(CONFIG, quantization=Quantization(bits=8)),
+    "layers differ": replace(
+        CONFIG,
+        quantization=Quantization(4, scheme="zeropoint", embeddings=True, float_layers=(1,)),
+    ),
 }
 TYPES = [np.float32, np.float16, ml_dtypes.bfloat16, np.int8]
 
@@ -106,6 +111,8 @@ def assert_parts(path: Path, expected: dict[Key, np.ndarray]) -> None:
 
 
 def stacked(parts: dict[Key, np.ndarray], name: str) -> np.ndarray:
+    if apart := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
+        return parts[f"blocks.{apart[2]}", int(apart[1])]
     layers = [part for (n, _), part in parts.items() if n == name]
     return layers[0] if (name, None) in parts else np.stack(layers)
 
@@ -163,7 +170,10 @@ def test_orbax_restores_it_sharded_and_in_part(tmp_path, config):
         make_params(config),
         shardings,
     )
-    for wanted in (abstract, {"blocks": {"qkv": {"bias": abstract.blocks.qkv.bias}}}):
+    some: Any = {"final_norm": {"scale": abstract.final_norm.scale}}
+    if not isinstance(abstract.blocks, tuple):
+        some["blocks"] = {"qkv": {"bias": abstract.blocks.qkv.bias}}
+    for wanted in (abstract, some):
         tree = {"params": wanted}
         with ocp.PyTreeCheckpointer() as checkpointer:
             found = checkpointer.restore(
@@ -251,6 +261,14 @@ def delete_a_part(folder: Path) -> str:
     name = (folder / "checksums-so-far.txt").read_text().splitlines()[-2].split()[-1]
     (folder / name).unlink()
     return name
+
+
+def test_work_on_layers_that_differ_goes_on_too(tmp_path):
+    config = CONFIGS["layers differ"]
+    parts = make_parts(config)
+    done = interrupt(tmp_path / "model", parts, after=len(parts) // 2, config=config)
+    assert done + write(tmp_path / "model", parts, config) == list(parts)
+    assert_parts(tmp_path / "model", parts)
 
 
 @pytest.mark.parametrize("damage", [cut_the_last_line, delete_a_part])
