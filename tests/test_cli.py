@@ -188,6 +188,24 @@ def test_infill_from_one_checkpoint_of_a_run(capsys, run):
     assert newest == run_main(capsys, "infill", "--checkpoint", run, text)
 
 
+def test_infill_over_several_devices(capsys, run):
+    flags = ("infill", "--checkpoint", run, "ka lo [MASK] mir.")
+    assert run_main(capsys, *flags, "--tensor", 2) == run_main(capsys, *flags)
+    assert jax.sharding.get_mesh().empty
+    status, _, err = run_main(capsys, *flags, "--tensor", 9)
+    assert (status, err) == (
+        1, "glmjax infill: --tensor 9 needs as many devices; there are 8\n"
+    )  # fmt: skip
+
+
+def test_infill_with_integers(capsys, run):
+    flags = ("infill", "--checkpoint", run, "--max-new-tokens", 4, "ka lo [MASK] mir.")
+    status, out, err = run_main(capsys, *flags, "--quantize", "int8", "--quantize-embeddings")
+    assert (status, err) == (0, "") and out.startswith("ka lo")
+    status, _, err = run_main(capsys, *flags, "--group-size", 32)
+    assert status == 1 and "add --quantize int8" in err
+
+
 @pytest.fixture(scope="module")
 def official(tmp_path_factory) -> Path:
     """A model with the vocabulary of GPT-2, which lies in the folder `vocabulary` of it."""

@@ -1,15 +1,16 @@
 """The command `glmjax chat`."""
 
-import dataclasses
 import importlib.util
 import json
 import logging
 import sys
 import time
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import tyro
+
+from glmjax.cli.models import Model, ModelFlags, opened_model
 
 HELP = """Talks with a model on the terminal.
 
@@ -31,20 +32,10 @@ examples:
 class ChatFlags:
     checkpoint: Annotated[str, tyro.conf.arg(metavar="DIR")] = "chatglm-6b"
     """A folder of ChatGLM-6B, a run folder or any other model with its vocabulary."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """The vocabulary, a file or folder, where it is not in or above the checkpoint."""
+    model: Model = field(default_factory=ModelFlags)
+    """How it is opened."""
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """Answer this and end."""
-    quantize: Literal["int8", "int4"] | None = None
-    """Make integers of the kernels in the blocks while loading."""
-    prefix: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """A P-tuning v2 checkpoint to put in front."""
-    lora: Annotated[str | None, tyro.conf.arg(metavar="DIR")] = None
-    """A LoRA adapter of PEFT to add."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """Type of activations and products; without it float32 on CPUs and bfloat16 elsewhere."""
-    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """Type of cached keys and values; without it that of --dtype."""
     max_new_tokens: int | None = None
     """Longest answer, in tokens; without it half of the positions that the model has."""
     temperature: float = 0.95
@@ -64,10 +55,7 @@ class ChatFlags:
 def main(arguments: list[str]) -> int:
     flags = tyro.cli(ChatFlags, args=arguments, prog="glmjax chat", description=HELP)
 
-    import jax
-
     logging.getLogger("glmjax").setLevel(logging.WARNING)
-    from glmjax.cli.models import open_model
     from glmjax.inference.chat import Speaker, check_chats
     from glmjax.inference.sampling import Sampling
 
@@ -81,23 +69,17 @@ def main(arguments: list[str]) -> int:
     if question is None:
         _check_terminal(flags)
 
-    config, params, tokenizer = open_model(
-        flags.checkpoint, flags.tokenizer, check_chats,
-        dtype=None if jax.default_backend() == "cpu" else "bfloat16",
-        quantize=flags.quantize, prefix=flags.prefix, lora=flags.lora,
-    )  # fmt: skip
-    dtype = flags.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    config = dataclasses.replace(config, dtype=dtype, cache_dtype=flags.cache_dtype)
-    max_new_tokens = flags.max_new_tokens
-    if max_new_tokens is None:
-        max_new_tokens = config.max_positions // 2
-    speaker = Speaker(config, params, tokenizer, max_new_tokens)
-    if question is not None:
-        return _answer_once(speaker, sampling, question, flags.json)
+    with opened_model(flags.checkpoint, flags.model, check_chats) as (config, params, tokenizer):
+        most = flags.max_new_tokens
+        speaker = Speaker(
+            config, params, tokenizer, config.max_positions // 2 if most is None else most
+        )
+        if question is not None:
+            return _answer_once(speaker, sampling, question, flags.json)
 
-    from glmjax.cli.terminal import converse
+        from glmjax.cli.terminal import converse
 
-    converse(speaker, sampling)
+        converse(speaker, sampling)
     return 0
 
 

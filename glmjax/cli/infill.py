@@ -2,10 +2,12 @@
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import tyro
+
+from glmjax.cli.models import Model, ModelFlags, opened_model
 
 HELP = """Fills the blanks of texts with a trained model.
 
@@ -14,6 +16,7 @@ examples:
   glmjax infill --checkpoint runs/quickstart --temperature 0.8 --seed 1 "Return [MASK] of [MASK]."
   glmjax infill --checkpoint runs/quickstart "This function [gMASK]"
   glmjax infill --checkpoint glm-130b --num-beams 4 --ban 20068 "Paris is [MASK]."
+  glmjax infill --checkpoint glm-130b-sat --quantize int4 "Paris is [MASK]."
   glmjax infill --checkpoint glm-10b --tokenizer gpt2-vocab.json "Paris is [MASK]."
   glmjax infill --checkpoint runs/quickstart --json < texts.txt"""
 
@@ -24,8 +27,8 @@ class InfillFlags:
     """Texts with blanks; without any, one from each line of standard input."""
     checkpoint: Annotated[str, tyro.conf.arg(metavar="DIR")] = "runs/quickstart"
     """A run folder, its checkpoints, a saved model or an official one, beside its vocabulary."""
-    tokenizer: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
-    """The vocabulary, a file or folder, where it is not in or above the checkpoint."""
+    model: Model = field(default_factory=ModelFlags)
+    """How it is opened."""
     max_new_tokens: int = 32
     """Longest filling of one blank, in tokens."""
     temperature: float = 0.0
@@ -56,13 +59,12 @@ class InfillFlags:
 def main(arguments: list[str]) -> int:
     flags = tyro.cli(InfillFlags, args=arguments, prog="glmjax infill", description=HELP)
 
-    from glmjax.cli.models import open_model
     from glmjax.inference.infill import infill_text
 
     settings = _settings(flags)
     texts = list(flags.texts) or [line.rstrip("\n") for line in sys.stdin]
-    config, params, tokenizer = open_model(flags.checkpoint, flags.tokenizer)
-    filled = infill_text(config, params, tokenizer, texts, flags.max_new_tokens, settings)
+    with opened_model(flags.checkpoint, flags.model) as (config, params, tokenizer):
+        filled = infill_text(config, params, tokenizer, texts, flags.max_new_tokens, settings)
     for text, result in zip(texts, filled, strict=True):
         print(json.dumps({"text": text, "filled": result}) if flags.json else result)
     return 0

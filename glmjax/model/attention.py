@@ -17,6 +17,7 @@ from flax import struct
 from glmjax.config import GLMConfig
 from glmjax.kernels import blank_attention
 from glmjax.kernels.blank_attention import cache as cached
+from glmjax.kernels.blank_attention.decode_reference import numbers
 from glmjax.sharding import constrain
 
 
@@ -64,7 +65,7 @@ class KVCache:
     """Keys and values of all layers for S slots, of which the first length_B are filled.
 
     H counts the heads of keys. An int8 cache has a float32 scale for every token and head, by which
-    its numbers are multiplied.
+    its numbers are multiplied. For CPUs bfloat16 lies in it as its bits, uint16.
     """
 
     k_NBHSK: Any
@@ -77,7 +78,7 @@ class KVCache:
     def empty(cls, config: GLMConfig, batch: int, size: int) -> "KVCache":
         """A cache of `cache_size(size)` slots with nothing in it, split by rows and heads."""
         shape = (config.num_layers, batch, config.kv_heads, cache_size(size), config.head_size)
-        dtype = config.cache_dtype or config.dtype
+        dtype = cached.stored_dtype(config.cache_dtype or config.dtype)
         # Arrays of their own, so that both can be donated.
         k_NBHSK, v_NBHSK = (constrain(jnp.zeros(shape, dtype), *CACHE_AXES) for _ in range(2))
         k_scale_NBHS, v_scale_NBHS = (
@@ -184,7 +185,7 @@ def _attend_layer(
     config: GLMConfig, mask: BlankMask, cache: KVCache, layer: Any, q_BTHK: jax.Array
 ) -> jax.Array:
     """Attention of many queries over one layer, which is sliced out and in int8 scaled back."""
-    k_BHSK, v_BHSK = cache.k_NBHSK[layer], cache.v_NBHSK[layer]
+    k_BHSK, v_BHSK = numbers(cache.k_NBHSK[layer]), numbers(cache.v_NBHSK[layer])
     if cache.k_scale_NBHS is not None:
         k_BHSK = k_BHSK * cache.k_scale_NBHS[layer][..., None]
         v_BHSK = v_BHSK * cache.v_scale_NBHS[layer][..., None]

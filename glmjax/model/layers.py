@@ -10,7 +10,7 @@ import numpy as np
 from glmjax.config import GLMConfig
 from glmjax.kernels import quantized_matmul
 from glmjax.kernels.quantized_matmul import reference
-from glmjax.model.params import LayerNorm, Linear, Quantized
+from glmjax.model.params import LayerNorm, Linear, Quantized, merged_order
 from glmjax.sharding import (
     constrain,
     gather,
@@ -50,11 +50,32 @@ def linear(equation: str, params: Linear, x: jax.Array) -> jax.Array:
 
     A quantised kernel is constant: it has no gradient.
     """
-    y = product(equation, x.dtype.name, x, params.kernel)
+    if _is_merged(equation, params.kernel):
+        y = _merged_product(equation, params, x)
+    else:
+        y = product(equation, x.dtype.name, x, params.kernel)
     if params.bias is None:
         return y
     batched = [i for i, letter in enumerate(equation.split("->")[1]) if letter in "bt"]
     return y + jnp.expand_dims(params.bias.astype(x.dtype), batched)
+
+
+def _is_merged(equation: str, kernel: jax.Array | Quantized) -> bool:
+    """Whether the kernel has fewer axes than the equation's, see `Arrangement.merged`."""
+    values = kernel.values if isinstance(kernel, Quantized) else kernel
+    return values.ndim < len(equation.replace("->", ",").split(",")[1])
+
+
+def _merged_product(equation: str, params: Linear, x: jax.Array) -> jax.Array:
+    """The product with heads and head as one axis, which is named heads."""
+    x_letters, letters, y_letters = equation.replace("->", ",").split(",")
+    order = "".join(letters[i] for i in merged_order(_axes(letters)))
+    merged = f"{x_letters},{order}->{y_letters}".replace("hk", "h")
+    if "hk" in x_letters:
+        return product(merged, x.dtype.name, x.reshape(*x.shape[:-2], -1), params.kernel)
+    y = product(merged, x.dtype.name, x, params.kernel)
+    # What has heads among its outputs has a bias for each of them.
+    return y.reshape(*y.shape[:-1], *params.bias.shape[-2:])
 
 
 AXES = {
@@ -187,13 +208,13 @@ def _quantised_product(equation: str, x: jax.Array, kernel: Quantized) -> jax.Ar
     return per_device(local, in_axes, _whole_axes(y_letters))(x, values, kernel.scale, kernel.zero)
 
 
-def _axes(letters: str) -> list[str]:
-    return [AXES[letter] for letter in letters]
+def _axes(letters: str) -> tuple[str, ...]:
+    return tuple(AXES[letter] for letter in letters)
 
 
-def _whole_axes(letters: str) -> list[str]:
+def _whole_axes(letters: str) -> tuple[str, ...]:
     """The same where the model width is not split."""
-    return ["stream" if axis == "embed" else axis for axis in _axes(letters)]
+    return tuple("stream" if axis == "embed" else axis for axis in _axes(letters))
 
 
 def _pin(letters: str, x: jax.Array) -> jax.Array:

@@ -117,6 +117,10 @@ class Arrangement:
     multiplies with it. A model of which some layers stay floats is always so."""
     packed: bool = True
     """Integers of 4 bits share bytes; False: they are int4, which XLA for accelerators packs."""
+    merged: bool = False
+    """Kernels that end in heads and head have them as one axis, and their qkv axis first. TPUs keep
+    the last two axes in tiles, which a product reads in place only if one is of its inputs and the
+    other of its outputs."""
 
 
 STORED = Arrangement()
@@ -125,8 +129,9 @@ STORED = Arrangement()
 
 def decoding_arrangement() -> Arrangement:
     """The fastest one for decoding on the platform of the ambient mesh, else of the default device."""
-    on_cpu = target_device().platform == "cpu"
-    return Arrangement(apart=on_cpu, packed=on_cpu)
+    platform = target_device().platform
+    on_cpu = platform == "cpu"
+    return Arrangement(apart=on_cpu, packed=on_cpu, merged=platform == "tpu")
 
 
 def blocks_apart(config: GLMConfig, arrangement: Arrangement = STORED) -> bool:
@@ -183,10 +188,10 @@ def specs(config: GLMConfig, arrangement: Arrangement = STORED) -> Params:
 
 
 def _blocks_specs(config: GLMConfig, arrangement: Arrangement) -> Block | tuple[Block, ...]:
-    quantization, packed = config.quantization, arrangement.packed
-    block = _block_specs(config, quantization, packed)
+    quantization = config.quantization
+    block = _block_specs(config, quantization, arrangement)
     if blocks_apart(config, arrangement):
-        floats = _block_specs(config, None, packed)
+        floats = _block_specs(config, None, arrangement)
         float_layers = quantization.float_layers if quantization is not None else ()
         return tuple(floats if n in float_layers else block for n in range(config.num_layers))
     return jax.tree.map(
@@ -197,7 +202,9 @@ def _blocks_specs(config: GLMConfig, arrangement: Arrangement) -> Block | tuple[
     )
 
 
-def _block_specs(config: GLMConfig, quantization: Quantization | None, packed: bool) -> Block:
+def _block_specs(
+    config: GLMConfig, quantization: Quantization | None, arrangement: Arrangement
+) -> Block:
     """One block, without a layer axis."""
     N, D, F = config.num_layers, config.hidden_size, config.ffn_size
     H, G, K = config.num_heads, config.kv_heads, config.head_size
@@ -225,13 +232,14 @@ def _block_specs(config: GLMConfig, quantization: Quantization | None, packed: b
         if quantization is None or kernel not in quantization.kernels:
             return Linear(ParamSpec(tuple(sizes.values()), tuple(sizes), init), bias)
         input_sizes = {axis: sizes[axis] for axis in inputs}
+        packed = arrangement.packed
         return Linear(_quantized(quantization, kernel, packed, outputs, input_sizes), bias)
 
     # The pair comes first: as inner axes of 2 and F a kernel lies badly in the memory of TPUs.
     gate = {} if config.ffn == "gelu" else {"gate": 2}
     heads = {"heads": H, "head": K}
     shared = G < H
-    return Block(
+    block = Block(
         attention_norm=_norm_specs(config),
         qkv=None if shared else linear("qkv", each(q, k, v), ("embed",), embed=D, qkv=3, **heads),
         q=linear("qkv", normal(q), ("embed",), embed=D, **heads) if shared else None,
@@ -245,6 +253,22 @@ def _block_specs(config: GLMConfig, quantization: Quantization | None, packed: b
         ffn_in=linear("ffn_in", ffn_in, ("embed",), **gate, embed=D, mlp=F),
         ffn_out=linear("ffn_out", ffn_out, ("mlp",), mlp=F, embed=D),
     )  # fmt: skip
+    return jax.tree.map(_merged, block) if arrangement.merged else block
+
+
+def _merged(spec: ParamSpec) -> ParamSpec:
+    """As `Arrangement.merged` has it."""
+    if "embed" not in spec.axes or spec.axes[-1] != "head":
+        return spec
+    order = merged_order(spec.axes)
+    *axes, _ = (spec.axes[i] for i in order)
+    *shape, H, K = (spec.shape[i] for i in order)
+    return replace(spec, shape=(*shape, H * K), axes=tuple(axes))
+
+
+def merged_order(axes: tuple[str, ...]) -> list[int]:
+    """Which axes come one after another in a kernel before its last two become one."""
+    return sorted(range(len(axes)), key=lambda i: axes[i] != "qkv")
 
 
 def _norm_specs(config: GLMConfig) -> LayerNorm:

@@ -23,6 +23,7 @@ from glmjax.model.params import (
     ParamSpec,
     blocks_apart,
     leaf_name,
+    merged_order,
     specs,
     unpack_int4,
 )
@@ -34,6 +35,9 @@ AHEAD = 4
 Key = tuple[str, int | None]
 """The dotted name of a parameter, such as blocks.qkv.kernel, and the layer; None where the parameter
 has no layers. It is the same in every `Arrangement`."""
+
+
+Axes = tuple[str, ...]
 
 
 class Part(NamedTuple):
@@ -77,7 +81,8 @@ def take_apart(config: GLMConfig, params: Params) -> dict[Key, Part]:
 
         def read() -> np.ndarray:
             array = np.asarray(leaf if n is None else leaf[n])
-            return _pack_int4(array) if leaf.dtype == jnp.int4 else array
+            array = _pack_int4(array) if leaf.dtype == jnp.int4 else array
+            return array if array.ndim == len(spec.shape) else _split_heads(array, spec)
 
         dtype = np.dtype(np.int8 if leaf.dtype == jnp.int4 else leaf.dtype)
         return Part(spec.shape, dtype, read)
@@ -88,6 +93,12 @@ def take_apart(config: GLMConfig, params: Params) -> dict[Key, Part]:
 def _pack_int4(values: np.ndarray) -> np.ndarray:
     pairs = values.astype(np.int8)
     return (pairs[..., ::2] << 4) | (pairs[..., 1::2] & 0x0F)
+
+
+def _split_heads(array: np.ndarray, spec: ParamSpec) -> np.ndarray:
+    """A part from what `_rearrange` makes of it."""
+    order = merged_order(spec.axes)
+    return array.reshape([spec.shape[i] for i in order]).transpose(np.argsort(order))
 
 
 def read_ahead(parts: Mapping[Key, Part], threads: int = 1) -> Iterator[tuple[Key, np.ndarray]]:
@@ -122,26 +133,31 @@ def assemble(
 
     of_parts, apart = part_specs(config), blocks_apart(config, arrangement)
     tree = specs(config, arrangement)
+    leaf_specs = {leaf_name(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
     leaves: dict[str, jax.Array] = {}
     place: dict[str, Callable[..., jax.Array]] = {}
-    for path, spec in jax.tree_util.tree_leaves_with_path(tree):
-        name = leaf_name(path)
+    for name, spec in leaf_specs.items():
         whole = sharding(name, spec)
         if spec.axes[0] == "layer":
             dtype = jnp.int4 if spec.dtype == "int4" else parts[name, 0].dtype
             leaves[name] = jnp.zeros(spec.shape, dtype, device=whole)
-            place[name] = jax.jit(_set_layer, donate_argnums=0, out_shardings=whole)
-        elif spec.dtype == "int4":
-            place[name] = jax.jit(unpack_int4, out_shardings=whole)
+            place[name] = jax.jit(
+                _set_layer, static_argnums=3, donate_argnums=0, out_shardings=whole
+            )
+        elif spec.dtype == "int4" or arrangement.merged:
+            place[name] = jax.jit(_rearrange, static_argnums=(1, 2, 3), out_shardings=whole)
     for key, array in read_ahead({key: parts[key] for key in of_parts}):
         name, n = leaf_of(key, apart)
+        stored, spec = of_parts[key], leaf_specs[name]
         placed = jax.make_array_from_callback(
-            array.shape, sharding(name, of_parts[key]), functools.partial(_at, array)
+            array.shape, sharding(name, stored), functools.partial(_at, array)
         )
         if n is not None:
-            leaves[name] = place[name](leaves[name], placed, n)
+            leaves[name] = place[name](leaves[name], placed, n, stored.axes)
+        elif name in place:
+            leaves[name] = place[name](placed, stored.axes, len(spec.shape), spec.dtype == "int4")
         else:
-            leaves[name] = place[name](placed) if name in place else placed
+            leaves[name] = placed
         done(key)
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[leaf_name(path)], tree)
 
@@ -150,7 +166,16 @@ def _at(array: np.ndarray, index: Any) -> np.ndarray:
     return array[index]
 
 
-def _set_layer(stack: jax.Array, layer: jax.Array, n: jax.Array) -> jax.Array:
-    if stack.dtype == jnp.int4:
-        layer = unpack_int4(layer)
+def _set_layer(stack: jax.Array, layer: jax.Array, n: jax.Array, axes: Axes) -> jax.Array:
+    layer = _rearrange(layer, axes, stack.ndim - 1, stack.dtype == jnp.int4)
     return jax.lax.dynamic_update_index_in_dim(stack, layer, n, 0)
+
+
+def _rearrange(part: jax.Array, axes: Axes, rank: int, unpack: bool) -> jax.Array:
+    """A part of these axes as it lies in memory: see `Arrangement`."""
+    if unpack:
+        part = unpack_int4(part)
+    if rank < part.ndim:
+        part = part.transpose(merged_order(axes))
+        part = part.reshape(*part.shape[:-2], -1)
+    return part

@@ -136,6 +136,7 @@ def _over_layers(layer: Callable[..., tuple[Any, None]], carry: Any, inputs: Any
     blocks, *others = inputs
     if not isinstance(blocks, tuple):
         return jax.lax.scan(layer, carry, inputs)
+    layer = jax.jit(layer)  # Traced once for all blocks that are alike.
     for n, params_n in enumerate(blocks):
         carry, _ = layer(carry, (params_n, *jax.tree.map(lambda leaf: leaf[n], others)))  # noqa: B023
     return carry, None

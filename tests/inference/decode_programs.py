@@ -13,7 +13,7 @@ from glmjax.inference.generate import as_batch
 from glmjax.inference.prompts import Row
 from glmjax.inference.sampling import Sampling, per_row
 from glmjax.model.attention import CACHE_AXES
-from glmjax.model.params import abstract_params, param_shardings
+from glmjax.planning.programs import serving_params
 from glmjax.planning.topologies import absent_mesh
 from glmjax.sharding import named_sharding
 
@@ -23,13 +23,9 @@ NUM_SLOTS, LENGTH = 8, 2048
 def compile_for_tpu(generation, config, sizes=(1, 1, 1)):
     """`lower_all` for an absent mesh of TPUs, compiled: for each program what `facts` says."""
     mesh = absent_mesh(generation, MeshConfig(*sizes))
-    shardings = param_shardings(config, mesh)
-    params = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, config.dtype, sharding=sharding),
-        abstract_params(config), shardings,
-    )  # fmt: skip
     with jax.set_mesh(mesh):
-        return {name: facts(low.compile()) for name, low in lower_all(config, params, mesh).items()}
+        lowered = lower_all(config, serving_params(config), mesh)
+        return {name: facts(low.compile()) for name, low in lowered.items()}
 
 
 def lower_all(config, params, mesh=None, prompt=512):

@@ -1,6 +1,7 @@
 """Every kind of integers and every arrangement, through `load`, `convert` and back."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -32,7 +33,7 @@ KINDS = {
     "some layers": Quantization(4, float_layers=(0, 2)),
     "embeddings alone": Quantization(8, kernels=(), embeddings=True),
 }
-ARRANGEMENTS = [Arrangement(apart, packed) for apart in (False, True) for packed in (False, True)]
+ARRANGEMENTS = [Arrangement(*flags) for flags in itertools.product((False, True), repeat=3)]
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -19,10 +19,13 @@ TOLERANCE = {"float32": 2e-6, "bfloat16": 2**-7, "int8": 2e-6}
 TILES = DecodeTiles(heads=4, keys=128)
 
 xla = decode_reference.attend_cache
+layer = decode_reference.attend_layer
 kernel = partial(tpu_decode.attend_cache, tiles=TILES, interpret=True)
 racing = partial(
     tpu_decode.attend_cache, tiles=TILES, interpret=pltpu.InterpretParams(detect_races=True)
 )
+FUNCTIONS = [pytest.param(xla, id="xla"), pytest.param(layer, id="xla-layer"),
+             pytest.param(kernel, id="kernel")]  # fmt: skip
 
 
 def make_case(dtype, batch=5, T=1, heads=4, size=300, K=64, seed=0):
@@ -79,7 +82,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("function", [xla, kernel], ids=["xla", "kernel"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_dense_reference(case, function):
     arrays = make_case(**case)
@@ -98,7 +101,7 @@ def test_has_no_races(case):
     assert not interpret_pallas_call.races.races_found
 
 
-@pytest.mark.parametrize("function", [xla, kernel], ids=["xla", "kernel"])
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_what_no_query_sees_changes_no_bit(dtype, function):
     q_BTHK, k, v, k_start_BT, k_end_BT, scales = make_case(dtype, T=2)
@@ -188,3 +191,20 @@ def test_writing_has_no_races():
         old[LAYER, row, :, slot : slot + 4] = np.swapaxes(new[row], 0, 1)
     np.testing.assert_array_equal(after, old)
     assert not interpret_pallas_call.races.races_found
+
+
+def test_bits_of_bfloat16_are_its_numbers():
+    """A cache as it lies on CPUs, written and read."""
+    q_BTHK, k, v, k_start_BT, k_end_BT, _ = make_case("bfloat16", T=2)
+    new_BTHK = jnp.asarray(np.random.default_rng(3).standard_normal(q_BTHK.shape), jnp.float32)
+    slot_B = np.array([0, 298, 99, 7, 50])
+    bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (k, v)]
+    outputs = [
+        run(xla, (q_BTHK, *cache, k_start_BT, k_end_BT, ()))
+        for cache in (
+            decode_reference.write(arrays, LAYER, [new_BTHK, -new_BTHK], slot_B)
+            for arrays in ([k, v], bits)
+        )
+    ]
+    np.testing.assert_array_equal(*outputs)
+    assert not np.array_equal(outputs[0], run(xla, (q_BTHK, k, v, k_start_BT, k_end_BT, ())))

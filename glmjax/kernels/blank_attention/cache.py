@@ -14,7 +14,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from glmjax.config import AttentionImplementation
-from glmjax.kernels.blank_attention import decode_reference, tpu_cache, tpu_decode, uses_tpu
+from glmjax.kernels.blank_attention import (
+    decode_reference,
+    platform,
+    tpu_cache,
+    tpu_decode,
+    uses_tpu,
+)
 from glmjax.sharding import per_device
 
 TOKENS = tpu_cache.FEW
@@ -28,6 +34,13 @@ _ROWS = ("batch",)
 Decode = Callable[..., jax.Array]
 
 
+def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The type in which a cache lies. XLA for CPUs converts all layers of bfloat16 to float32 to
+    slice a few slots or write them; there it is uint16, the bits of the numbers."""
+    is_bits = platform() == "cpu" and jnp.dtype(dtype) == jnp.bfloat16
+    return jnp.dtype(jnp.uint16 if is_bits else dtype)
+
+
 def write(
     arrays: Sequence[jax.Array],
     layer: Any,
@@ -36,15 +49,8 @@ def write(
     implementation: AttentionImplementation,
 ) -> list[jax.Array]:
     """The caches with new tokens of one layer in the slots from slot_B on; there must be room."""
-    if uses_tpu(implementation):
-        put = per_device(tpu_cache.write, (_CACHE, (), _TOKENS, _ROWS), _CACHE)
-        return put(arrays, layer, new, slot_B)
-    row_B1 = jnp.arange(new[0].shape[0])[:, None]
-    slot_BT = slot_B[:, None] + jnp.arange(new[0].shape[1])
-    return [
-        x_NBHS.at[layer, row_B1, :, slot_BT].set(y_BTH.astype(x_NBHS.dtype))
-        for x_NBHS, y_BTH in zip(arrays, new, strict=True)
-    ]
+    put = tpu_cache.write if uses_tpu(implementation) else decode_reference.write
+    return per_device(put, (_CACHE, (), _TOKENS, _ROWS), _CACHE)(arrays, layer, new, slot_B)
 
 
 def attend_few(
@@ -58,8 +64,11 @@ def attend_few(
 
     What depends on the intervals alone is made here, once for all layers.
     """
+    in_axes = (_TOKENS, _CACHE, _CACHE, (), _ROWS, _ROWS, _CACHE, _CACHE)
     if not uses_tpu(implementation):
-        return decode_reference.attend_cache
+        on_gpu = platform() == "gpu"
+        attend = decode_reference.attend_layer if on_gpu else decode_reference.attend_cache
+        return per_device(attend, in_axes, _TOKENS)
     tiles = tpu_decode.default_tiles(dtype)
     make_steps = partial(tpu_decode.make_steps, size=size, tiles=tiles)
     steps = per_device(make_steps, (_ROWS, _ROWS), _ROWS)(k_start_BT, k_end_BT)
@@ -67,5 +76,4 @@ def attend_few(
     def local(steps: tpu_decode.Steps, *arrays: Any) -> jax.Array:
         return tpu_decode.attend_cache(*arrays, tiles=tiles, steps=steps)
 
-    in_axes = (_ROWS, _TOKENS, _CACHE, _CACHE, (), _ROWS, _ROWS, _CACHE, _CACHE)
-    return partial(per_device(local, in_axes, _TOKENS), steps)
+    return partial(per_device(local, (_ROWS, *in_axes), _TOKENS), steps)
