@@ -7,9 +7,10 @@ from typing import Any
 from glmjax.config import GLMConfig
 from glmjax.interop import lora as adapters
 from glmjax.interop.source import open_source
-from glmjax.interop.transform import Dtype, Quantize, transform
+from glmjax.interop.transform import Dtype, Quantize, transform, widen_tables
 from glmjax.model.params import STORED, Params, decoding_arrangement
 from glmjax.model.parts import Key, assemble
+from glmjax.sharding import target_device
 
 
 def load(
@@ -35,7 +36,8 @@ def load(
     `prefix` is a P-tuning v2 checkpoint to put in front, `lora` a folder with a LoRA adapter of PEFT
     that is added to the kernels before they are cast or quantised. With `for_decoding` the
     parameters lie as decoding is fastest on the platform, see `Arrangement`; training and notebooks
-    that look at `params.blocks` want them as they are stored.
+    that look at `params.blocks` want them as they are stored. On CPUs float16 tables of words then
+    become float32.
 
     Raises:
         FileNotFoundError: nothing is there, or a file of it is missing.
@@ -48,4 +50,6 @@ def load(
         source = adapters.merge(source, lora, quantize)
     config, parts = transform(source.config, source.parts, dtype, quantize)
     arrangement = decoding_arrangement() if for_decoding else STORED
+    if for_decoding and target_device().platform == "cpu":
+        parts = widen_tables(parts)
     return config, assemble(config, parts, progress, arrangement)
