@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import tyro
 
 from glmjax.cli.models import Model, ModelFlags, opened_model
+from glmjax.config import replace
 
 HELP = """Talks with a model on the terminal.
 
@@ -37,7 +38,7 @@ class ChatFlags:
     prompt: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
     """Answer this and end."""
     max_new_tokens: int | None = None
-    """Longest answer, in tokens; without it half of the positions that the model has."""
+    """Longest answer, in tokens; without it 512, or half of the positions that the model has."""
     temperature: float = 0.95
     """0 takes the most probable token."""
     top_k: int = 0
@@ -70,9 +71,11 @@ def main(arguments: list[str]) -> int:
         _check_terminal(flags)
 
     with opened_model(flags.checkpoint, flags.model, check_chats) as (config, params, tokenizer):
+        # Long conversations would need gigabytes in float32.
+        config = replace(config, cache_dtype=config.cache_dtype or "bfloat16")
         most = flags.max_new_tokens
         speaker = Speaker(
-            config, params, tokenizer, config.max_positions // 2 if most is None else most
+            config, params, tokenizer, min(512, config.max_positions // 2) if most is None else most
         )
         if question is not None:
             return _answer_once(speaker, sampling, question, flags.json)

@@ -36,7 +36,7 @@ class ModelFlags:
     dtype: Literal["float32", "bfloat16"] | None = None
     """Type of activations and products; without it float32 on CPUs and bfloat16 elsewhere."""
     cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """Type of cached keys and values; without it that of --dtype."""
+    """Type of cached keys and values; without it bfloat16 in a chat, else that of --dtype."""
     tensor: int | None = None
     """So many devices share the heads and the width of every layer; without it one CPU, or as many of
     the accelerators as can."""

@@ -151,7 +151,7 @@ def assemble(
         stored, spec = of_parts[key], leaf_specs[name]
         placed = jax.make_array_from_callback(
             array.shape, sharding(name, stored), functools.partial(_at, array)
-        )
+        ).block_until_ready()  # Or what has been read would pile up.
         if n is not None:
             leaves[name] = place[name](leaves[name], placed, n, stored.axes)
         elif name in place:
