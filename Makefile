@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 EXTRAS ?= test
 TESTS ?= not slow and not tpu
+# Processes that run tests side by side; most of their time goes into compilation, on one core each.
+WORKERS ?= 2
 RUN := $(VENV)/bin/python -m
 RUFF_FLAGS := --line-length 100
 RUFF_RULES := --extend-select I,B,UP,RUF
@@ -29,20 +31,21 @@ train: install  ## Train a small GLM on text that every machine has (about 3 min
 	$(RUN) glmjax train experiments/quickstart.py
 
 test: install  ## Run the tests (under 10 minutes on 2 cores)
-	$(RUN) pytest -q -m "$(TESTS)" $(FILES)
+	$(RUN) pytest -q -n $(WORKERS) -m "$(TESTS)" $(FILES)
 
 test-slow: install  ## Run the tests that take long, such as the kill test
 	$(RUN) pytest -q -m "slow and not tpu"
 
 test-tpu:  ## Compile the kernels for five TPU generations and count their cycles; needs no TPU
-	$(MAKE) test VENV=.venv-tpu EXTRAS=test,tpu TESTS=tpu
+	$(MAKE) test VENV=.venv-tpu EXTRAS=test,tpu TESTS=tpu WORKERS=0
 
 test-latest:  ## Run test and test-tpu on the newest Python at hand, with the newest jax
 	@test -n "$(LATEST_PYTHON)" || { echo "no Python 3.12 or newer found; set LATEST_PYTHON"; exit 1; }
-	$(MAKE) test PYTHON=$(LATEST_PYTHON) VENV=.venv-latest EXTRAS=test,tpu TESTS="not slow"
+	$(MAKE) test PYTHON=$(LATEST_PYTHON) VENV=.venv-latest EXTRAS=test,tpu
+	$(MAKE) test VENV=.venv-latest EXTRAS=test,tpu TESTS="tpu and not slow" WORKERS=0
 
 test-launch:  ## Check the launch files with the tools that read them: xpk, sky, hadolint, shellcheck
-	$(MAKE) test VENV=.venv-launch EXTRAS=launch-test FILES=tests/tpu
+	$(MAKE) test VENV=.venv-launch EXTRAS=launch-test FILES=tests/tpu WORKERS=0
 
 lint: install  ## Check style
 	$(RUN) ruff check $(RUFF_FLAGS) $(RUFF_RULES) $(CODE)

@@ -71,8 +71,15 @@ def test_prompts_hold_no_pairs_of_tokens(optimised):
     assert temporaries < 4 * LENGTH**2
 
 
+# For tpu7x libtpu lays every bfloat16 stack of weights out anew, once before the loop of steps.
+COPIES_STACKS = pytest.mark.xfail(strict=True, reason="libtpu copies stacks of weights for tpu7x")
+
+
 @pytest.mark.tpu
-@pytest.mark.parametrize("generation", GENERATIONS)
+@pytest.mark.parametrize(
+    "generation",
+    [pytest.param(name, marks=[COPIES_STACKS] * (name == "tpu7x")) for name in GENERATIONS],
+)
 def test_steps_on_a_tpu_leave_the_cache_where_it_is(generation):
     for cache_dtype in ("bfloat16", "int8"):
         config = get_config(
