@@ -30,7 +30,7 @@ $(VENV)/installed: setup.cfg pyproject.toml
 train: install  ## Train a small GLM on text that every machine has (about 3 minutes on 2 cores)
 	$(RUN) glmjax train experiments/quickstart.py
 
-test: install  ## Run the tests (under 10 minutes on 2 cores)
+test: install  ## Run the tests (10 to 20 minutes on 2 cores)
 	$(RUN) pytest -q -n $(WORKERS) -m "$(TESTS)" $(FILES)
 
 test-slow: install  ## Run the tests that take long, such as the kill test

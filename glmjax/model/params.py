@@ -318,12 +318,6 @@ def _prefix_specs(config: GLMConfig) -> PrefixEncoder:
     )
 
 
-def unpack_int4(packed: jax.Array) -> jax.Array:
-    """The int4 values of the bytes of `Quantized`, twice as many along the last axis."""
-    high_low = jnp.stack([packed >> 4, (packed << 4) >> 4], axis=-1)  # shifts of int8 keep the sign
-    return high_low.reshape(*packed.shape[:-1], -1).astype(jnp.int4)
-
-
 def leaf_name(path: tuple[Any, ...]) -> str:
     """The dotted name of a leaf, such as blocks.qkv.kernel."""
     return jax.tree_util.keystr(path, simple=True, separator=".")

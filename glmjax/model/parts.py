@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from glmjax.config import GLMConfig
+from glmjax.kernels.quantized_matmul import reference
 from glmjax.model.params import (
     STORED,
     Arrangement,
@@ -25,7 +26,6 @@ from glmjax.model.params import (
     leaf_name,
     merged_order,
     specs,
-    unpack_int4,
 )
 from glmjax.sharding import named_sharding
 
@@ -174,7 +174,7 @@ def _set_layer(stack: jax.Array, layer: jax.Array, n: jax.Array, axes: Axes) -> 
 def _rearrange(part: jax.Array, axes: Axes, rank: int, unpack: bool) -> jax.Array:
     """A part of these axes as it lies in memory: see `Arrangement`."""
     if unpack:
-        part = unpack_int4(part)
+        part = reference.unpack(part, 2 * part.shape[-1]).astype(jnp.int4)
     if rank < part.ndim:
         part = part.transpose(merged_order(axes))
         part = part.reshape(*part.shape[:-2], -1)
