@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -42,12 +42,13 @@ BEGIN, END = "<!-- written by glmjax bench decode -->", "<!-- end of bench decod
 
 
 class Contender(NamedTuple):
-    """A model that decodes: `run(n)` feeds the prompt and draws n tokens."""
+    """A model that decodes. `run()` gives control back when it has fed the prompt and drawn a token,
+    and when it has drawn the others."""
 
     name: str
     bytes_per_token: float
     """Weights, and keys and values at half the answer."""
-    run: Callable[[int], None]
+    run: Callable[[], Iterator[None]]
 
 
 def run(
@@ -193,10 +194,11 @@ def glmjax_contender(
     greedy = Sampling(temperature=0.0, min_new_tokens=tokens)
     streams = [(row, 0) for row in range(rows)]
 
-    def draw(count: int) -> None:
+    def draw() -> Iterator[None]:
         decoding = begin(config, params, prompts, tokens, greedy, streams)
-        decoding = advance(config, params, decoding, count)
-        jax.block_until_ready(decoding)
+        for count in (1, tokens - 1):
+            decoding = jax.block_until_ready(advance(config, params, decoding, count))
+            yield
 
     weights = sum(leaf.size * _bits(leaf.dtype) / 8 for leaf in jax.tree.leaves(params))
     return Contender(f"glmjax {kind}", weights + _cache_bytes(config, rows, prompt, tokens), draw)
@@ -247,11 +249,13 @@ def pytorch_contenders(
         model = make(kind)
 
         @torch.inference_mode()
-        def draw(count: int) -> None:
+        def draw() -> Iterator[None]:
             cache, fed = DynamicCache(), ids
-            for _ in range(count):
-                out = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                fed = out.logits[:, -1:].argmax(-1)
+            for count in (1, tokens - 1):
+                for _ in range(count):
+                    out = model(fed, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    fed = out.logits[:, -1:].argmax(-1)
+                yield
 
         blocks = count_params(config) - math.prod(embedding.shape)
         bits = {"float32": 32, "int8": 8, "int4": 4}[kind]
@@ -291,11 +295,11 @@ def _take_turns(
     seconds: dict[str, list[tuple[float, float]]] = {c.name: [] for c in contenders}
     for number in range(rounds + 1):
         for contender in contenders:
-            first = _time(lambda: contender.run(1))  # noqa: B023 (called at once)
-            whole = _time(lambda: contender.run(tokens))  # noqa: B023
-            logger.info("%s, round %d: %.3f s, then %.3f", contender.name, number, first, whole)
+            drawing = contender.run()
+            first, rest = (_time(lambda: next(drawing)) for _ in range(2))  # noqa: B023
+            logger.info("%s, round %d: %.3f s, then %.3f", contender.name, number, first, rest)
             if number:
-                seconds[contender.name].append((first, (whole - first) / (tokens - 1)))
+                seconds[contender.name].append((first, rest / (tokens - 1)))
     return seconds
 
 
