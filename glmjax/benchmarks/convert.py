@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from glmjax.benchmarks.document import fill
 from glmjax.config import GLMConfig, replace
 from glmjax.data.cache import write_whole
 from glmjax.interop import torch_files
@@ -129,9 +130,7 @@ def run(
         with tempfile.TemporaryDirectory(prefix="glmjax-bench-", dir=folder) as scratch:
             found["models"].append(_measure_model(model, Path(scratch), probe_bytes))
     write_whole(results, (json.dumps(found, indent=1) + "\n").encode())
-    before, rest = document.read_text().split(BEGIN)
-    text = f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{rest.split(END)[1]}"
-    write_whole(document, text.encode())
+    fill(document, BEGIN, END, f"\n\n{table(found)}\n\n")
     return found
 
 

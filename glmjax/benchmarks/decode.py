@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glmjax.benchmarks.document import fill
 from glmjax.config import GLMConfig, Quantization, replace
 from glmjax.data.cache import write_whole
 from glmjax.inference.generate import advance, begin
@@ -102,9 +103,7 @@ def run(
         file = RESULTS / f"decode_{device.platform}.json"
         write_whole(file, (json.dumps(found, indent=1) + "\n").encode())
     if write and device.platform == "cpu":
-        before, rest = DOCUMENT.read_text().split(BEGIN)
-        text = f"{before}{BEGIN}\n\n{table(found)}\n\n{END}{rest.split(END)[1]}"
-        write_whole(DOCUMENT, text.encode())
+        fill(DOCUMENT, BEGIN, END, f"\n\n{table(found)}\n\n")
     return found
 
 

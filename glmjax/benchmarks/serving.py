@@ -23,6 +23,7 @@ from typing import Any, Literal
 import jax
 from jax.experimental import topologies
 
+from glmjax.benchmarks.document import fill
 from glmjax.config import Experiment, MeshConfig, ObjectiveConfig, Quantization
 from glmjax.data.cache import write_whole
 from glmjax.planning.arrange import arrange
@@ -125,9 +126,7 @@ def run() -> dict[str, Any]:
         "cases": [asdict(each) | {"needed": each.needed} for each in found],
     }  # fmt: skip
     write_whole(RESULTS, (json.dumps(results, indent=1) + "\n").encode())
-    before, rest = DOCUMENT.read_text().split(BEGIN)
-    text = f"{before}{BEGIN}\n{table(results)}{END}{rest.split(END)[1]}"
-    write_whole(DOCUMENT, text.encode())
+    fill(DOCUMENT, BEGIN, END, f"\n{table(results)}")
     return results
 
 
