@@ -22,6 +22,8 @@ class Terminal:
     def __init__(self, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self._file, end = pty.openpty()
         fcntl.ioctl(end, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
+        # Its size is that of the terminal, whatever the terminal of the tests has.
+        environment = {k: v for k, v in environment.items() if k not in ("COLUMNS", "LINES")}
         # Its own session, so that Ctrl-C on the terminal is a signal to it.
         self._process = subprocess.Popen(
             ["setsid", "--ctty", "--wait", *arguments],

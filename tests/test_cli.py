@@ -14,7 +14,7 @@ import tiny_vocabularies
 from jax.experimental.compilation_cache import compilation_cache
 
 from glmjax import get_config, init, save
-from glmjax.cli import COMMANDS, main
+from glmjax.cli import COMMANDS
 from glmjax.cli.experiments import load_experiment
 from glmjax.config import Experiment, replace
 from glmjax.data.tokenizers import load_tokenizer
@@ -24,7 +24,6 @@ from glmjax.presets import GPT2_TOKENS
 @pytest.fixture(autouse=True)
 def settings(monkeypatch, tmp_path):
     """What the program sets for its whole process."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = jax.config.jax_compilation_cache_dir
     yield
@@ -44,19 +43,9 @@ def experiment_file(tiny_experiment, tmp_path_factory) -> Path:
     return tiny_run.write_experiment(tmp_path_factory.mktemp("cli") / "tiny.py", tiny_experiment)
 
 
-def run_main(capsys, *arguments) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error."""
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as error:  # how tyro ends
-        status = error.code
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
 @pytest.mark.parametrize("arguments", [[], ["-h"], ["--help"]], ids=["none", "-h", "--help"])
 def test_overview_names_every_command(capsys, arguments):
-    status, out, _ = run_main(capsys, *arguments)
+    status, out, _ = tiny_run.run_main(capsys, *arguments)
     assert status == 0
     assert all(f"\n  {command} " in out for command in COMMANDS)
 
@@ -71,14 +60,14 @@ def test_overview_names_every_command(capsys, arguments):
     ids=["train", "infill", "bench"],
 )
 def test_help_has_examples(capsys, command, examples):
-    status, out, _ = run_main(capsys, *command, "--help")
+    status, out, _ = tiny_run.run_main(capsys, *command, "--help")
     assert status == 0
     for example in examples:
         assert example in out
 
 
 def test_help_of_an_experiment_explains_fields_and_shows_its_values(capsys, experiment_file):
-    status, out, _ = run_main(capsys, "train", experiment_file, "--help")
+    status, out, _ = tiny_run.run_main(capsys, "train", experiment_file, "--help")
     words = " ".join(out.replace("│", " ").split())
     assert status == 0
     assert "--optimizer.clip" in words and "Largest global norm of the gradient." in words
@@ -119,7 +108,7 @@ def test_help_of_an_experiment_explains_fields_and_shows_its_values(capsys, expe
 def test_mistakes_are_explained(capsys, run, experiment_file, tmp_path, arguments, sentence):
     paths = {"FILE": str(experiment_file), "RUN": run}
     new_run = ["--train.run", str(tmp_path / "run")] if "FILE" in arguments else []
-    status, _, err = run_main(capsys, *(paths.get(a, a) for a in arguments), *new_run)
+    status, _, err = tiny_run.run_main(capsys, *(paths.get(a, a) for a in arguments), *new_run)
     assert status in (1, 2)
     assert sentence in " ".join(err.replace("│", " ").split())
     assert "Traceback" not in err
@@ -136,7 +125,7 @@ def test_mistake_in_a_process_of_its_own_is_one_line_and_a_status(tmp_path):
 
 def test_infill_prints_each_text_filled(capsys, run):
     texts = ("ka lo [MASK] mir.", "ten [MASK] su [MASK].")
-    status, out, err = run_main(
+    status, out, err = tiny_run.run_main(
         capsys, "infill", "--checkpoint", run, "--max-new-tokens", 4, *texts
     )
     assert (status, err) == (0, "")
@@ -150,18 +139,18 @@ def test_infill_as_json_from_standard_input(capsys, run, monkeypatch):
     texts = ["ka lo [MASK] mir.", "ten [gMASK]"]
     flags = ("infill", "--checkpoint", run, "--max-new-tokens", 4)
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(texts) + "\n"))
-    status, out, _ = run_main(capsys, *flags, "--json")
+    status, out, _ = tiny_run.run_main(capsys, *flags, "--json")
     assert status == 0
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["text"] for row in rows] == texts
-    plain = run_main(capsys, *flags, *texts)[1]
+    plain = tiny_run.run_main(capsys, *flags, *texts)[1]
     assert [row["filled"] for row in rows] == plain.splitlines()
 
 
 def test_infill_draws_by_seed(capsys, run):
     def draw(seed):
         flags = ("--temperature", 1, "--seed", seed, "--max-new-tokens", 8)
-        return run_main(capsys, "infill", "--checkpoint", run, *flags, "ka lo [gMASK]")[1]
+        return tiny_run.run_main(capsys, "infill", "--checkpoint", run, *flags, "ka lo [gMASK]")[1]
 
     assert draw(1) == draw(1)
     assert len({draw(seed) for seed in range(4)}) > 1
@@ -171,7 +160,7 @@ def test_infill_searches_and_forbids(capsys, run):
     def fill(*flags):
         text = "ka lo [gMASK]"
         flags = ("--checkpoint", run, "--max-new-tokens", 8, "--min-new-tokens", 8, *flags)
-        return run_main(capsys, "infill", *flags, text)
+        return tiny_run.run_main(capsys, "infill", *flags, text)
 
     status, greedy, _ = fill()
     assert status == 0
@@ -183,16 +172,16 @@ def test_infill_searches_and_forbids(capsys, run):
 
 def test_infill_from_one_checkpoint_of_a_run(capsys, run):
     text = "ka lo [MASK] mir."
-    newest = run_main(capsys, "infill", "--checkpoint", f"{run}/checkpoints/60", text)
+    newest = tiny_run.run_main(capsys, "infill", "--checkpoint", f"{run}/checkpoints/60", text)
     assert newest[0] == 0
-    assert newest == run_main(capsys, "infill", "--checkpoint", run, text)
+    assert newest == tiny_run.run_main(capsys, "infill", "--checkpoint", run, text)
 
 
 def test_infill_over_several_devices(capsys, run):
     flags = ("infill", "--checkpoint", run, "ka lo [MASK] mir.")
-    assert run_main(capsys, *flags, "--tensor", 2) == run_main(capsys, *flags)
+    assert tiny_run.run_main(capsys, *flags, "--tensor", 2) == tiny_run.run_main(capsys, *flags)
     assert jax.sharding.get_mesh().empty
-    status, _, err = run_main(capsys, *flags, "--tensor", 9)
+    status, _, err = tiny_run.run_main(capsys, *flags, "--tensor", 9)
     assert (status, err) == (
         1, "glmjax infill: --tensor 9 needs as many devices; there are 8\n"
     )  # fmt: skip
@@ -200,9 +189,11 @@ def test_infill_over_several_devices(capsys, run):
 
 def test_infill_with_integers(capsys, run):
     flags = ("infill", "--checkpoint", run, "--max-new-tokens", 4, "ka lo [MASK] mir.")
-    status, out, err = run_main(capsys, *flags, "--quantize", "int8", "--quantize-embeddings")
+    status, out, err = tiny_run.run_main(
+        capsys, *flags, "--quantize", "int8", "--quantize-embeddings"
+    )
     assert (status, err) == (0, "") and out.startswith("ka lo")
-    status, _, err = run_main(capsys, *flags, "--group-size", 32)
+    status, _, err = tiny_run.run_main(capsys, *flags, "--group-size", 32)
     assert status == 1 and "add --quantize int8" in err
 
 
@@ -218,17 +209,17 @@ def official(tmp_path_factory) -> Path:
 
 def test_infill_with_an_official_vocabulary(capsys, official, tmp_path):
     flags = ("infill", "--checkpoint", official, "--max-new-tokens", 2, "hello [MASK].")
-    status, _, err = run_main(capsys, *flags)
+    status, _, err = tiny_run.run_main(capsys, *flags)
     assert status == 1
     assert err == (
         f"glmjax infill: {official} has no vocab.json or gpt2-vocab.json, the vocabulary of GLM 2B "
         "and 10B; it comes from github.com/THUDM/GLM, folder .pytorch_pretrained_bert\n"
     )
-    status, named, err = run_main(capsys, *flags, "--tokenizer", official / "vocabulary")
+    status, named, err = tiny_run.run_main(capsys, *flags, "--tokenizer", official / "vocabulary")
     assert status == 0, err
     assert named.startswith("hello")
     tiny_vocabularies.write_byte_pairs(official, "gpt2")
-    assert run_main(capsys, *flags) == (0, named, "")
+    assert tiny_run.run_main(capsys, *flags) == (0, named, "")
 
 
 @pytest.fixture
@@ -239,20 +230,20 @@ def short(tiny_experiment, tmp_path) -> Path:
 
 
 def test_train_as_json_prints_one_object(capsys, short, tmp_path):
-    status, out, _ = run_main(capsys, "train", short, "--json")
+    status, out, _ = tiny_run.run_main(capsys, "train", short, "--json")
     assert status == 0
     assert len(out.splitlines()) == 1
     assert json.loads(out) == json.loads((tmp_path / "run" / "summary.json").read_text())
 
 
 def test_train_shows_results_and_overrides_fields(capsys, short, tmp_path):
-    status, out, err = run_main(capsys, "train", short, "--train.steps", 3)
+    status, out, err = tiny_run.run_main(capsys, "train", short, "--train.steps", 3)
     assert status == 0
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3
     for words in ("held-out loss", "unigram baseline", "uniform baseline", "149,376", "truth"):
         assert words in out
     assert "step 3/3" in err
-    again = run_main(capsys, "train", short, "--train.steps", 3)
+    again = tiny_run.run_main(capsys, "train", short, "--train.steps", 3)
     assert again[0] == 0 and "finished at step 3" in again[2]
     assert [line for line in again[1].splitlines() if "held-out loss" in line] == [
         line for line in out.splitlines() if "held-out loss" in line
@@ -302,7 +293,7 @@ def test_signal_saves_and_says_how_to_go_on(capsys, short, monkeypatch, number, 
         return 0.0
 
     monkeypatch.setattr("glmjax.training.loop.learning_rate", rate_and_signal)
-    status, out, err = run_main(capsys, "train", short)
+    status, out, err = tiny_run.run_main(capsys, "train", short)
     assert (status, out) == (expected, "")
     assert err.endswith(
         f"stopped by {number.name} and saved at step 1; the same command continues\n"

@@ -14,7 +14,7 @@ FLOORS = {
     "kernels": 2,
     "model": 3, "data": 3,
     "training": 4, "interop": 4.5,
-    "inference": 5, "evaluation": 5, "planning": 5,
+    "inference": 5, "evaluation": 5, "planning": 5, "sweep": 5,
     "benchmarks": 6,
     "cli": 7, "__init__": 8, "__main__": 8,
 }  # fmt: skip
@@ -28,6 +28,7 @@ OPTIONAL = [
     "tokenizers",
     "tyro",
     "matplotlib",
+    "plotext",
     "safetensors",
     "pyarrow",
     "torch",

@@ -11,6 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from glmjax import cli
 from glmjax.config import (
     DataConfig,
     Experiment,
@@ -87,6 +88,19 @@ def glmjax(*arguments: object, stdin: str = "", **variables: str) -> subprocess.
         [sys.executable, "-m", "glmjax", *map(str, arguments)],
         input=stdin, capture_output=True, text=True, check=False, env=environment(**variables),
     )  # fmt: skip
+
+
+def run_main(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Runs the program in this process: exit status, standard output and standard error."""
+    hook = sys.unraisablehook  # which the program sets for its whole process
+    try:
+        status = cli.main([str(argument) for argument in arguments])
+    except SystemExit as error:  # how tyro ends
+        status = error.code
+    finally:
+        sys.unraisablehook = hook
+    out, err = capsys.readouterr()
+    return status, out, err
 
 
 @pytest.fixture(scope="session")

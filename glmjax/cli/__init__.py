@@ -17,12 +17,26 @@ The GLM family in JAX. Commands:
   chat               talk with ChatGLM-6B, or have another model continue texts
   inspect PATH       say what a checkpoint holds, of whatever format
   convert SRC DST    write a model in another format: ours, Hugging Face's, tensor-parallel ranks
+  sweep FILE         train everything a sweep file describes, and write what came out
+  runs [FOLDER ...]  list runs: how far, which losses, finished or diverged
+  compare RUN RUN    show how runs differ: settings, results, curves over each other
   bench WHAT         measure speed: data, train, attention, convert, decode, pods
 
 `glmjax COMMAND --help` explains a command and gives examples.
 """
 
-COMMANDS = ("train", "plan", "infill", "chat", "inspect", "convert", "bench")
+COMMANDS = (
+    "train",
+    "plan",
+    "infill",
+    "chat",
+    "inspect",
+    "convert",
+    "sweep",
+    "runs",
+    "compare",
+    "bench",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

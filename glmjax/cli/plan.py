@@ -140,10 +140,9 @@ def main(arguments: list[str]) -> int:
 def _serve(name: str) -> Experiment:
     """A published model in bfloat16, in an experiment that is not to be trained."""
     model = get_config(name, dtype="bfloat16")
-    is_1d = model.positions in ("rope_1d", "rope_half")
     return Experiment(
         model=model,
-        objective=ObjectiveConfig(positions="1d" if is_1d else "2d"),
+        objective=ObjectiveConfig(positions="1d" if model.positions_1d else "2d"),
         data=DataConfig(sequence_length=model.max_positions),
         mesh=MeshConfig(data=1),
     )

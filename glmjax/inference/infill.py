@@ -14,6 +14,7 @@ from glmjax.config import GLMConfig, SpecialTokens
 from glmjax.inference.beam import BeamSearch, search_rows
 from glmjax.inference.generate import advance, begin, new_ids
 from glmjax.inference.prompts import (
+    FILLED_IN_TURN,
     Row,
     check_ids,
     check_positions,
@@ -77,7 +78,7 @@ def infill(
     streams = random_streams([text.ids for text in opened])
     if not opened:
         return []
-    if config.positions == "rope_1d" or isinstance(sampling, BeamSearch):
+    if config.positions in FILLED_IN_TURN or isinstance(sampling, BeamSearch):
         return _fill_in_turn(config, params, opened, max_new_tokens, sampling, streams)
     rows = []
     for i, text in enumerate(opened):
@@ -142,7 +143,11 @@ def _row(
         return continued([*opening, *ids[:-1]])
     if config.positions == "learned_2d" and tokens.cls is not None:
         ids, blanks = [tokens.cls, *ids], [blank + 1 for blank in blanks]
-    unclosed = {"learned_2d": (tokens.gmask,), "rope_1d": tokens.masks, "rope_2d": (ids[-1],)}
+    unclosed = {
+        "learned_2d": (tokens.gmask,),
+        "rope_2d": (ids[-1],),
+        **dict.fromkeys(FILLED_IN_TURN, tokens.masks),
+    }
     if ids[-1] not in unclosed[config.positions]:
         ids = [*ids, tokens.eos]
     filled = [id for piece in pieces for id in (tokens.sop, *piece)]
@@ -181,7 +186,7 @@ def _next_row(config: GLMConfig, text: Filled) -> Row:
     """The row of the first blank without a piece. In GLM-130B the pieces so far are part of the
     text, elsewhere they stand behind it."""
     ids, blanks, pieces = text.ids, text.blanks, text.pieces
-    if config.positions != "rope_1d":
+    if config.positions not in FILLED_IN_TURN:
         return _row(config, ids, blanks[: len(pieces) + 1], pieces)
     blank = blanks[len(pieces)] + sum(len(piece) - 1 for piece in pieces)
     return _row(config, Filled(ids, blanks[: len(pieces)], pieces).splice(), [blank])

@@ -24,6 +24,9 @@ import numpy as np
 
 from glmjax.config import GLMConfig, SpecialTokens
 
+FILLED_IN_TURN = ("rope_1d", "alibi")
+"""Position encodings whose texts are laid out as GLM-130B's: one blank at a time."""
+
 
 class Row(NamedTuple):
     """A prompt without the token that opens each of its M open blanks, and where these are."""
@@ -115,7 +118,7 @@ def lay_out(config: GLMConfig, ids: Sequence[int], blanks: Sequence[int], num_op
     positions_2T = np.stack([np.arange(len(ids)), np.zeros(len(ids), int)]).astype(np.int32)
     advance = []
     for start, end, blank in zip(starts, [*starts[1:], len(ids)], blanks, strict=False):
-        counts_on = config.positions == "rope_1d" and ids[blank] == tokens.gmask
+        counts_on = config.positions in FILLED_IN_TURN and ids[blank] == tokens.gmask
         if not counts_on:
             positions_2T[0, start:end] = blank
         positions_2T[1, start:end] = np.arange(1, end - start + 1)

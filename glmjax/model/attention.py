@@ -17,6 +17,7 @@ from flax import struct
 from glmjax.config import GLMConfig
 from glmjax.kernels import blank_attention
 from glmjax.kernels.blank_attention import cache as cached
+from glmjax.kernels.blank_attention.alibi import Positions
 from glmjax.kernels.blank_attention.decode_reference import numbers
 from glmjax.sharding import constrain
 
@@ -65,7 +66,8 @@ class KVCache:
     """Keys and values of all layers for S slots, of which the first length_B are filled.
 
     H counts the heads of keys. An int8 cache has a float32 scale for every token and head, by which
-    its numbers are multiplied. For CPUs bfloat16 lies in it as its bits, uint16.
+    its numbers are multiplied. For CPUs bfloat16 lies in it as its bits, uint16. For ALiBi it has
+    the position of every key, int32, in the axes of the others, so that they all move alike.
     """
 
     k_NBHSK: Any
@@ -73,6 +75,7 @@ class KVCache:
     length_B: Any
     k_scale_NBHS: Any = None
     v_scale_NBHS: Any = None
+    position_1BHS: Any = None
 
     @classmethod
     def empty(cls, config: GLMConfig, batch: int, size: int) -> "KVCache":
@@ -85,7 +88,12 @@ class KVCache:
             constrain(jnp.zeros(shape[:-1], jnp.float32), *CACHE_AXES) if dtype == "int8" else None
             for _ in range(2)
         )
-        return cls(k_NBHSK, v_NBHSK, jnp.zeros(batch, jnp.int32), k_scale_NBHS, v_scale_NBHS)
+        position_1BHS = None
+        if config.positions == "alibi":
+            position_1BHS = constrain(jnp.zeros((1, *shape[1:-1]), jnp.int32), *CACHE_AXES[:-1])
+        return cls(
+            k_NBHSK, v_NBHSK, jnp.zeros(batch, jnp.int32), k_scale_NBHS, v_scale_NBHS, position_1BHS
+        )
 
 
 def attend(
@@ -95,6 +103,7 @@ def attend(
     v_BSGK: jax.Array,
     mask: BlankMask,
     dropout_key: jax.Array | None = None,
+    positions: Positions | None = None,
 ) -> jax.Array:
     """Blank attention by the implementation that the configuration names, [B, T, H, K].
 
@@ -109,6 +118,7 @@ def attend(
     out_BTGK = blank_attention.attend(
         q_BTGK, k_BSGK, v_BSGK, mask.k_start_BT, mask.k_end_BT,
         dropout_key, config.attention_dropout, implementation=config.attention,
+        positions=positions, softmax_dtype=config.softmax_dtype,
     )  # fmt: skip
     return _queries_as_heads(out_BTGK, length)
 
@@ -159,13 +169,27 @@ def write(
     return replace(cache, **dict(zip(arrays, written, strict=True)))
 
 
+def write_positions(cache: KVCache, positions_BT: jax.Array) -> KVCache:
+    """The cache with the positions of T tokens in the slots from length_B on, as `write` counts."""
+    heads = cache.position_1BHS.shape[2]
+    position_BTH = jnp.broadcast_to(positions_BT[..., None], (*positions_BT.shape, heads))
+    (position_1BHS,) = cached.write(
+        [cache.position_1BHS], 0, [position_BTH], cache.length_B, "blockwise"
+    )
+    return replace(cache, position_1BHS=position_1BHS)
+
+
 def attend_cache(
-    config: GLMConfig, cache: KVCache, mask: BlankMask
+    config: GLMConfig, cache: KVCache, mask: BlankMask, positions_BT: jax.Array
 ) -> Callable[[KVCache, jax.Array, jax.Array], jax.Array]:
-    """A function of (cache, layer, q_BTHK): attention of new queries over a layer of a cache."""
+    """A function of (cache, layer, q_BTHK): attention of new queries over a layer of a cache.
+
+    The queries' positions matter to ALiBi alone.
+    """
     length, shared = mask.k_start_BT.shape[1], config.num_heads // config.kv_heads
-    if length > cached.TOKENS:
-        return partial(_attend_layer, config, mask)
+    is_plain = config.positions != "alibi" and config.softmax_dtype == "float32"
+    if length > cached.TOKENS or not is_plain:
+        return partial(_attend_layer, config, mask, positions_BT)
     repeated = mask.repeat(shared)
     bounds = repeated.k_start_BT, repeated.k_end_BT
     size, dtype = cache.k_NBHSK.shape[3], cache.k_NBHSK.dtype
@@ -182,7 +206,12 @@ def attend_cache(
 
 
 def _attend_layer(
-    config: GLMConfig, mask: BlankMask, cache: KVCache, layer: Any, q_BTHK: jax.Array
+    config: GLMConfig,
+    mask: BlankMask,
+    positions_BT: jax.Array,
+    cache: KVCache,
+    layer: Any,
+    q_BTHK: jax.Array,
 ) -> jax.Array:
     """Attention of many queries over one layer, which is sliced out and in int8 scaled back."""
     k_BHSK, v_BHSK = numbers(cache.k_NBHSK[layer]), numbers(cache.v_NBHSK[layer])
@@ -190,7 +219,10 @@ def _attend_layer(
         k_BHSK = k_BHSK * cache.k_scale_NBHS[layer][..., None]
         v_BHSK = v_BHSK * cache.v_scale_NBHS[layer][..., None]
     k_BSHK, v_BSHK = (jnp.swapaxes(x, 1, 2).astype(q_BTHK.dtype) for x in (k_BHSK, v_BHSK))
-    return attend(config, q_BTHK, k_BSHK, v_BSHK, mask)
+    positions = None
+    if cache.position_1BHS is not None:
+        positions = Positions(positions_BT, cache.position_1BHS[0, :, 0])
+    return attend(config, q_BTHK, k_BSHK, v_BSHK, mask, positions=positions)
 
 
 def _quantise(x_BTHK: jax.Array) -> tuple[jax.Array, jax.Array]:

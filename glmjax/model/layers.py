@@ -241,13 +241,13 @@ scale_gradient.defvjp(lambda x, scale: (x, None), lambda scale, _, g: (g * scale
 
 
 def rotary(config: GLMConfig, positions_B2T: jax.Array) -> tuple[jax.Array, jax.Array] | None:
-    """Cosines and sines [B, T, part, J] in float32, or None for a model with learned positions.
+    """Cosines and sines [B, T, part, J] in float32, or None for a model without rotation.
 
     A head is cut into parts that rotate by one row of positions each (rope_1d: the whole head by
     the position; rope_2d: one half by position, one by block position; rope_half: one half by
     position), and a part into J pairs of dimensions: angle = position * rope_base^(-j / J).
     """
-    if config.positions == "learned_2d":
+    if config.positions in ("learned_2d", "alibi"):
         return None
     rows = 2 if config.positions == "rope_2d" else 1
     frequency_J = rotary_frequencies(config)

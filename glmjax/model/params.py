@@ -70,7 +70,8 @@ class Quantized:
 class Block:
     """One transformer block.
 
-    A model whose queries share keys and values has q and kv in place of qkv.
+    A model whose queries share keys and values has q and kv in place of qkv. Sandwich norm has
+    norms of both branches' outputs too.
     """
 
     attention_norm: LayerNorm
@@ -81,6 +82,8 @@ class Block:
     ffn_norm: LayerNorm
     ffn_in: Linear
     ffn_out: Linear
+    attention_out_norm: LayerNorm | None = None
+    ffn_out_norm: LayerNorm | None = None
 
 
 @struct.dataclass
@@ -164,9 +167,9 @@ def no_init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 def specs(config: GLMConfig, arrangement: Arrangement = STORED) -> Params:
     """The parameters of a model as a tree of `ParamSpec`.
 
-    Pre-norm models start as THUDM/GLM does: N(0, 0.02), output projections divided by sqrt(2 N).
-    DeepNorm models start as GLM-130B section 2.2 says: Xavier normal, with gain (2 N)^-1/2 on the
-    value, attention output and feed-forward matrices.
+    Models start as THUDM/GLM does: N(0, 0.02), output projections divided by sqrt(2 N). DeepNorm
+    models start as GLM-130B section 2.2 says: Xavier normal, with gain (2 N)^-1/2 on the value,
+    attention output and feed-forward matrices.
     """
     D, V, P = config.hidden_size, config.vocab_size, config.max_positions + 1
     embedding = normal(config.initializer_scale)
@@ -238,7 +241,7 @@ def _block_specs(
     # The pair comes first: as inner axes of 2 and F a kernel lies badly in the memory of TPUs.
     gate = {} if config.ffn == "gelu" else {"gate": 2}
     heads = {"heads": H, "head": K}
-    shared = G < H
+    shared, sandwich = G < H, config.norm == "sandwich"
     block = Block(
         attention_norm=_norm_specs(config),
         qkv=None if shared else linear("qkv", each(q, k, v), ("embed",), embed=D, qkv=3, **heads),
@@ -252,6 +255,8 @@ def _block_specs(
         ffn_norm=_norm_specs(config),
         ffn_in=linear("ffn_in", ffn_in, ("embed",), **gate, embed=D, mlp=F),
         ffn_out=linear("ffn_out", ffn_out, ("mlp",), mlp=F, embed=D),
+        attention_out_norm=_norm_specs(config) if sandwich else None,
+        ffn_out_norm=_norm_specs(config) if sandwich else None,
     )  # fmt: skip
     return jax.tree.map(_merged, block) if arrangement.merged else block
 

@@ -7,7 +7,10 @@ H heads, G heads of keys and values, K head size, F feed-forward width, V vocabu
     u = x + attention(norm(x))          a = norm(x)    u = alpha a + attention(a)
     y = u + ffn(norm(u))                m = norm(u)    y = alpha m + ffn(m)
 
-Both end in a norm. GLM-130B and ChatGLM-6B also divide the scores of layer i by i + 1 and
+Both end in a norm. Post-norm is DeepNorm with alpha = 1: each norm stands behind a branch and its
+residual, norm(a + f(a)), the last one being the final norm, and the first one is that of the
+embeddings. Sandwich norm is pre-norm with a norm of each branch's output, u = x +
+norm(attention(norm(x))). GLM-130B and ChatGLM-6B also divide the scores of layer i by i + 1 and
 multiply them again in the softmax; that guards float16 and cancels, so it is left out.
 """
 
@@ -21,6 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from glmjax.config import GLMConfig, Remat, Saved
 from glmjax.kernels import quantized_matmul
+from glmjax.kernels.blank_attention.alibi import Positions
 from glmjax.model import attention
 from glmjax.model.attention import BlankMask, KVCache
 from glmjax.model.layers import (
@@ -100,6 +104,7 @@ def encode(
     x_BTD = embed(config, params, tokens_BT, positions_B2T)
     x_BTD = dropout(x_BTD, embedding_key, config.embedding_dropout)
     angles = rotary(config, positions_B2T)
+    positions = Positions(*[positions_B2T[:, 0]] * 2) if config.positions == "alibi" else None
     prefix_N2PGK = None
     if params.prefix is not None:
         prefix_N2PGK = prefix_keys_values(config, params.prefix)
@@ -114,7 +119,7 @@ def encode(
         def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
             if prefix_2PGK is not None:
                 k, v = attention.prepend(prefix_2PGK, k, v)
-            return attention.attend(config, q, k, v, mask, keys[0]), None
+            return attention.attend(config, q, k, v, mask, keys[0], positions), None
 
         x_BTD, _ = block(config, params_n, x_BTD, angles, attend, keys[1], keys[2])
         return x_BTD, None
@@ -184,6 +189,7 @@ def block(
     ffn_key: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """One block; `attend` decides over which keys, and what it keeps is handed back."""
+    normalised = config.norm in ("post", "deepnorm")  # The residual is the output of the norm.
     a_BTD = norm(config, params.attention_norm, x_BTD)
     q_BTHK, k_BTGK, v_BTGK = queries_keys_values(params, a_BTD)
     if angles is not None:
@@ -191,13 +197,17 @@ def block(
     o_BTHK, kept = attend(q_BTHK, k_BTGK, v_BTGK)
     o_BTD = linear("bthk,hkd->btd", params.attention_out, o_BTHK)
     o_BTD = dropout(checkpoint_name(o_BTD, "attention_out"), attention_key, config.hidden_dropout)
-    residual_BTD = config.residual_scale * a_BTD if config.norm == "deepnorm" else x_BTD
+    if params.attention_out_norm is not None:
+        o_BTD = norm(config, params.attention_out_norm, o_BTD)
+    residual_BTD = config.residual_scale * a_BTD if normalised else x_BTD
     u_BTD = constrain(residual_BTD + o_BTD, "batch", "sequence", "stream")
 
     m_BTD = norm(config, params.ffn_norm, u_BTD)
     f_BTD = checkpoint_name(feed_forward(config, params, m_BTD), "ffn_out")
     f_BTD = dropout(f_BTD, ffn_key, config.hidden_dropout)
-    residual_BTD = config.residual_scale * m_BTD if config.norm == "deepnorm" else u_BTD
+    if params.ffn_out_norm is not None:
+        f_BTD = norm(config, params.ffn_out_norm, f_BTD)
+    residual_BTD = config.residual_scale * m_BTD if normalised else u_BTD
     return constrain(residual_BTD + f_BTD, "batch", "sequence", "stream"), kept
 
 
@@ -246,7 +256,9 @@ def extend(
     """
     x_BTD = embed(config, params, tokens_BT, positions_B2T)
     angles = rotary(config, positions_B2T)
-    attend_cache = attention.attend_cache(config, cache, mask)
+    if config.positions == "alibi":
+        cache = attention.write_positions(cache, positions_B2T[:, 0])
+    attend_cache = attention.attend_cache(config, cache, mask, positions_B2T[:, 0])
 
     def layer(carry: Any, inputs: tuple[Block, Any, jax.Array]) -> tuple[Any, None]:
         x_BTD, cache = carry

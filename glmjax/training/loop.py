@@ -49,9 +49,9 @@ from glmjax.training.step import (
     StepMetrics,
     TrainState,
     abstract_state,
-    evaluate_step,
     init_state,
     lower_train_step,
+    mean_losses,
     microbatch_size,
     put_batch,
     put_controls,
@@ -403,12 +403,8 @@ def _evaluate(
     step: int,
 ) -> float:
     """Held-out loss in nats per target token, written as a line of its own."""
-    sums = [evaluate_step(experiment.model, params, put_batch(mesh, batch)) for batch in heldout]
-    losses, weights = np.sum(jax.device_get(sums), axis=0)
-    row = {"heldout_loss": float(losses.sum() / weights.sum())}
-    for name, loss, weight in zip(OBJECTIVES, losses, weights, strict=True):
-        if weight:
-            row[f"heldout_loss/{name}"] = float(loss / weight)
+    losses = mean_losses(experiment.model, params, heldout, mesh)
+    row = {f"heldout_{name}": loss for name, loss in losses.items()}
     for write in writers:
         write(step, row)
     return row["heldout_loss"]

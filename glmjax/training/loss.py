@@ -1,8 +1,10 @@
 """Cross entropy over the vocabulary that never holds B x T x V logits.
 
 Most tokens of a blank-infilling row are context and have no loss. Each row's targets are moved to
-its front and worked through in chunks; chunks without targets are not computed. The forward pass
-of a differentiated loss leaves the gradients behind, so that logits are made once, not twice.
+its front and worked through in chunks; chunks without targets are not computed. Where no device
+splits the batch its rows become one, so that rows with many targets do not hold up the others. The
+forward pass of a differentiated loss leaves the gradients behind, so that logits are made once, not
+twice.
 
 On a mesh words are split over the tensor devices, and a large table over those that share
 parameters too. Each device scores its words for the tokens of all that share them: then hidden
@@ -18,8 +20,8 @@ from jax.sharding import PartitionSpec
 
 from glmjax.sharding import constrain, gather, mesh_axes, num_parts, pin, target_device
 
-CHUNK_LOGITS = {"cpu": 2**23, "gpu": 2**25, "tpu": 2**25}
-"""Logits of one chunk on one device: 32 or 128 MiB in float32. Small chunks keep matrix units idle."""
+CHUNK_LOGITS = {"cpu": 2**21, "gpu": 2**25, "tpu": 2**25}
+"""Logits of one chunk on one device: 8 or 128 MiB in float32. Small chunks keep matrix units idle."""
 
 TABLE_BYTES = 2**30
 """What the gradient of the words of one device may take, in float32, before words are split."""
@@ -41,6 +43,13 @@ def cross_entropy(
         carries no gradient.
     """
     batch, length = weights_BT.shape
+    if batch > 1 and num_parts("batch") == 1:
+        one_row = (
+            x.reshape(1, batch * length, *x.shape[2:]) for x in (x_BTD, targets_BT, weights_BT)
+        )
+        x_BTD, targets_BT, weights_BT = one_row
+        total, losses_BT = cross_entropy(x_BTD, table_VD, targets_BT, weights_BT)
+        return total, losses_BT.reshape(batch, length)
     x_BTD = constrain(x_BTD, "batch", "length", "stream")
     order_BT = jnp.argsort(weights_BT == 0, axis=1, stable=True)
     back_BT = jnp.argsort(order_BT, axis=1)

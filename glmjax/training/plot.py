@@ -1,10 +1,16 @@
-"""The loss curve of a run as a picture."""
+"""Curves as pictures: the losses of a run, and the metrics of several runs over each other."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 from matplotlib.figure import Figure
+
+from glmjax.training.run_folder import Curves
+
+_INK = "#010203"  # what svg() looks for in what matplotlib wrote
 
 
 def plot_losses(
@@ -32,3 +38,37 @@ def plot_losses(
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def plot_curves(panels: Mapping[str, Curves], xlabel: str, ink: str = "black") -> Figure:
+    """A panel for each metric, in which the curves of runs lie over each other."""
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    settings: dict[Any, Any] = {
+        "text.color": ink, "axes.labelcolor": ink, "axes.edgecolor": ink, "xtick.color": ink,
+        "ytick.color": ink, "text.parse_math": False,  # names of runs are no formulas
+    }  # fmt: skip
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(8, 4 * len(panels)), layout="constrained")
+        grid = figure.subplots(len(panels), squeeze=False)
+        for axes, (metric, curves) in zip(grid.flat, panels.items(), strict=True):
+            lines = []
+            for name, (xs, values) in curves.items():
+                turn, color = divmod(names.index(name), 10)  # there are ten colours
+                style, marker = ("-", "--", ":", "-.")[turn % 4], "." if len(xs) < 40 else None
+                lines += axes.plot(xs, values, style, color=f"C{color}", marker=marker)
+            axes.set(xlabel=xlabel, ylabel=metric)
+            axes.grid(alpha=0.3)
+            axes.legend(lines, list(curves), framealpha=0)
+    return figure
+
+
+def svg(panels: Mapping[str, Curves], xlabel: str) -> str:
+    """The same as an element for a page, whose colour of text it takes."""
+    file = io.StringIO()
+    figure = plot_curves(panels, xlabel, _INK)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "glmjax"}):
+        figure.savefig(
+            file, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
+    text = file.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")

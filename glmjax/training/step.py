@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -324,6 +325,23 @@ def step_settings(experiment: Experiment) -> Experiment:
 def evaluate_step(config: GLMConfig, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """(losses, target counts) by objective of a batch [1, B, ...], without dropout."""
     return loss_and_metrics(config, params, jax.tree.map(lambda x: x[0], batch))[1]
+
+
+def mean_losses(
+    config: GLMConfig, params: Params, batches: Sequence[Batch], mesh: Mesh
+) -> dict[str, float]:
+    """Nats per target token over some batches: "loss", and "loss/mask" and so on for each objective
+    there is. The mesh must be the ambient one."""
+    sums = [evaluate_step(config, params, put_batch(mesh, batch)) for batch in batches]
+    losses, weights = np.sum(jax.device_get(sums), axis=0)
+    return {
+        "loss": float(losses.sum() / weights.sum()),
+        **{
+            f"loss/{name}": float(loss / weight)
+            for name, loss, weight in zip(OBJECTIVES, losses, weights, strict=True)
+            if weight
+        },
+    }
 
 
 def _has_dropout(config: GLMConfig) -> bool:

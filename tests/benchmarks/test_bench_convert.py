@@ -25,6 +25,7 @@ def document(tmp_path):
     return file
 
 
+@pytest.mark.slow
 def test_steps_are_measured_written_down_and_cleaned_up(document, tmp_path, capsys):
     results = tmp_path / "convert.json"
     (tmp_path / "disk").mkdir()

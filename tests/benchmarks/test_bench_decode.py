@@ -7,6 +7,8 @@ import pytest
 import glmjax
 from glmjax.benchmarks import decode as bench
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def measured(monkeypatch, tmp_path):

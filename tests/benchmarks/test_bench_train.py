@@ -6,6 +6,7 @@ import glmjax
 from glmjax.benchmarks import train as bench
 
 
+@pytest.mark.slow
 def test_every_rate_is_measured_and_printed(monkeypatch, capsys):
     tiny = glmjax.get_config("glm-tiny", max_positions=16)
     monkeypatch.setattr(bench, "SIZES", {"tiny": tiny})

@@ -12,7 +12,6 @@ import tiny_run
 from jax.experimental.compilation_cache import compilation_cache
 
 from glmjax import get_config, init, save
-from glmjax.cli import main
 from glmjax.cli.terminal import read_rounds
 from glmjax.inference.chat import Round
 
@@ -31,7 +30,6 @@ def programs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def settings(monkeypatch, programs):
     """What the program sets for its whole process."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     monkeypatch.setenv("XDG_CACHE_HOME", str(programs))
     before = jax.config.jax_compilation_cache_dir
     yield
@@ -39,33 +37,23 @@ def settings(monkeypatch, programs):
     compilation_cache.reset_cache()
 
 
-def run_main(capsys, *arguments):
-    """Exit status, standard output and standard error."""
-    try:
-        status = main(["chat", *map(str, arguments)])
-    except SystemExit as error:  # how tyro ends
-        status = error.code
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
 def test_one_question(capsys, model, monkeypatch):
     flags = ("--checkpoint", model, "--max-new-tokens", 8)
-    status, answer, err = run_main(capsys, *flags, "--prompt", "why?")
+    status, answer, err = tiny_run.run_main(capsys, "chat", *flags, "--prompt", "why?")
     assert (status, err) == (0, "")
     assert len(answer.strip()) > 3
 
     monkeypatch.setattr(sys, "stdin", io.StringIO("why?\n"))
-    assert run_main(capsys, *flags) == (0, answer, "")
+    assert tiny_run.run_main(capsys, "chat", *flags) == (0, answer, "")
 
-    status, out, err = run_main(capsys, *flags, "--prompt", "why?", "--json")
+    status, out, err = tiny_run.run_main(capsys, "chat", *flags, "--prompt", "why?", "--json")
     assert (status, err) == (0, "")
     record = json.loads(out)
     assert (record["prompt"], record["answer"]) == ("why?", answer.removesuffix("\n"))
     assert (record["tokens"], record["end"]) == (8, "length")
     assert 0 < record["seconds_to_first_token"] <= record["seconds"]
 
-    other = run_main(capsys, *flags, "--prompt", "why?", "--seed", 1)
+    other = tiny_run.run_main(capsys, "chat", *flags, "--prompt", "why?", "--seed", 1)
     assert other[0] == 0 and other[1] != answer
 
 
@@ -74,7 +62,9 @@ def test_a_run_folder_continues_texts(capsys, tiny_experiment, tiny_summary):
     flags = ("--checkpoint", tiny_experiment.train.run, "--prompt", "ka lo", "--max-new-tokens", 8)
     outs = set()
     for seed in range(3):
-        status, out, err = run_main(capsys, *flags, "--temperature", 1, "--seed", seed)
+        status, out, err = tiny_run.run_main(
+            capsys, "chat", *flags, "--temperature", 1, "--seed", seed
+        )
         assert (status, err) == (0, "")
         outs.add(out)
     assert len(outs) > 1
@@ -108,7 +98,7 @@ def test_mistakes_are_explained(capsys, model, tmp_path, arguments, sentence):
                 params = init(config, jax.random.key(0))
             save(tmp_path / name, config, params)
             paths[name] = str(tmp_path / name)
-    status, out, err = run_main(capsys, *(paths.get(a, a) for a in arguments))
+    status, out, err = tiny_run.run_main(capsys, "chat", *(paths.get(a, a) for a in arguments))
     assert status in (1, 2)
     assert out == ""
     assert sentence in " ".join(err.replace("│", " ").split())
@@ -120,16 +110,16 @@ def test_without_a_question_and_a_terminal(capsys, model, monkeypatch):
     monkeypatch.setattr(
         sys, "stdin", type("Terminal", (io.StringIO,), {"isatty": lambda _: True})()
     )
-    assert run_main(capsys, "--checkpoint", model, "--json") == (
+    assert tiny_run.run_main(capsys, "chat", "--checkpoint", model, "--json") == (
         1, "", "glmjax chat: --json needs a --prompt or a question on standard input\n"
     )  # fmt: skip
-    assert run_main(capsys, "--checkpoint", model) == (
+    assert tiny_run.run_main(capsys, "chat", "--checkpoint", model) == (
         1, "", "glmjax chat: standard output is no terminal; give a --prompt\n"
     )  # fmt: skip
 
 
 def test_help_has_examples(capsys):
-    status, out, _ = run_main(capsys, "--help")
+    status, out, _ = tiny_run.run_main(capsys, "chat", "--help")
     assert status == 0
     assert 'glmjax chat --checkpoint chatglm-6b-int4 --prompt "Why is the sky blue?"' in out
 

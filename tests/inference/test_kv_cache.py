@@ -41,7 +41,8 @@ def test_an_int8_cache_is_as_close_as_its_steps(glm, T):
     """Every number is off by at most half a step, the largest of its token and head over 254."""
     config = replace(glm[0], cache_dtype="int8")
     q_BTHK, k_BTHK, v_BTHK, cache, mask = filled(config, 3, 40, T)
-    out_BTHK = attention.attend_cache(config, cache, mask)(cache, 1, q_BTHK)
+    positions_BT = np.full((3, T), 40, np.int32)
+    out_BTHK = attention.attend_cache(config, cache, mask, positions_BT)(cache, 1, q_BTHK)
     exact_BTHK = attention.attend(glm[0], q_BTHK, k_BTHK, v_BTHK, mask)
 
     step_BSH = np.abs(k_BTHK).max(-1) / 254

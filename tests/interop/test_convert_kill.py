@@ -31,7 +31,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFIN
 sys.exit(main(sys.argv[2:]))
 """
 TARGETS = [
-    pytest.param("hf", "1", id="hf"),
+    pytest.param("hf", "1", id="hf", marks=pytest.mark.slow),
     pytest.param("ranks", "2", id="ranks", marks=pytest.mark.slow),  # PyTorch is slow to import
 ]
 

@@ -25,7 +25,6 @@ IMPLEMENTATIONS = {
     "tpu": partial(tpu.attend, tiles=SMALL, interpret=True),
 }
 FAST = [name for name in IMPLEMENTATIONS if name != "reference"]
-LENGTHS = 1, 7, 64, 300, 384
 HEADS, HEAD_SIZE = 3, 16
 
 every_implementation = pytest.mark.parametrize("name", IMPLEMENTATIONS)
@@ -67,7 +66,7 @@ KINDS = {
     "bidirectional": lambda n, random: sample(n, n),
     **{
         f"packed {count}": partial(lambda n, random, count: packed(n, count, random), count=count)
-        for count in range(1, 17)
+        for count in (1, 2, 3, 4, 5, 16)
     },
     "padded left": lambda n, random: padded(n, n // 4, 0),
     "padded right": lambda n, random: padded(n, 0, n // 4),
@@ -104,11 +103,13 @@ def assert_close(got, want, dtype):
         assert error <= 8 * float(jnp.finfo(dtype).eps) * scale
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("length", "dtype"),
+    [(1, "float32"), (7, "float32"), (384, "float32"), (300, "float32"), (300, "bfloat16")],
+)
 @pytest.mark.parametrize("name", FAST)
-def test_is_the_reference(name, kind, length, dtype):
+def test_is_the_reference(name, length, dtype, kind):
     start, end = intervals(kind, 2, length)
     arrays = inputs(2, length, dtype)
     want = output_and_gradients(

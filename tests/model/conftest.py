@@ -1,6 +1,7 @@
 """Small models of the four families and rows of packed pieces to feed them."""
 
 import itertools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -27,18 +28,26 @@ class Rows(NamedTuple):
     piece_BT: np.ndarray
 
 
-@pytest.fixture(scope="session", params=["glm-tiny", "glm-130b-tiny", "chatglm-tiny", "glm-4-tiny"])
-def family(request) -> Family:
+@pytest.fixture(scope="session")
+def model_of() -> Callable[[GLMConfig], Family]:
     """Every parameter differs from its neutral initial value, so that none can be left out."""
-    config = glmjax.get_config(request.param, vocab_size=96, ffn_size=128)
-    random = np.random.default_rng(8)
 
-    def draw(path, leaf) -> np.ndarray:
-        is_scale = leaf_name(path).endswith(".scale")
-        return is_scale + 0.1 * random.standard_normal(leaf.shape, np.float32)
+    def make(config: GLMConfig) -> Family:
+        random = np.random.default_rng(8)
 
-    params = jax.tree_util.tree_map_with_path(draw, abstract_params(config))
-    return Family(config, jax.device_put(params))
+        def draw(path, leaf) -> np.ndarray:
+            is_scale = leaf_name(path).endswith(".scale")
+            return is_scale + 0.1 * random.standard_normal(leaf.shape, np.float32)
+
+        params = jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+        return Family(config, jax.device_put(params))
+
+    return make
+
+
+@pytest.fixture(scope="session", params=["glm-tiny", "glm-130b-tiny", "chatglm-tiny", "glm-4-tiny"])
+def family(request, model_of) -> Family:
+    return model_of(glmjax.get_config(request.param, vocab_size=96, ffn_size=128))
 
 
 @pytest.fixture(scope="session")

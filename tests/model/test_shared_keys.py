@@ -24,7 +24,7 @@ TILES = Tiles(ForwardTiles(128, 128, 2), BackwardTiles(128, 128, 128, 1))
 def attend(request, monkeypatch):
     """`attention.attend` by an implementation, that for TPUs interpreted."""
 
-    def interpreted(q, k, v, start, end, key, rate, *, implementation):
+    def interpreted(q, k, v, start, end, key, rate, **settings):
         seeds = None if key is None else dropout_bits.head_seeds(key, q.shape[0], q.shape[2])
         rate = 0.0 if key is None else rate
         return tpu.attend(q, k, v, start, end, seeds, rate, tiles=TILES, interpret=True)

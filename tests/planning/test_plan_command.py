@@ -1,7 +1,6 @@
 """`glmjax plan` as a user types it, with plans made up instead of compiled."""
 
 import json
-import sys
 
 import pytest
 import tiny_run
@@ -9,17 +8,10 @@ from plans import GIB, make_experiment, make_plan
 
 import glmjax.planning.plan
 import glmjax.planning.search
-from glmjax.cli import main
 from glmjax.config import Quantization
 from glmjax.planning.programs import Serving
 from glmjax.planning.search import Found
 from glmjax.presets import get_config, list_configs
-
-
-@pytest.fixture(autouse=True)
-def hooks(monkeypatch):
-    """The program sets this one for its whole process."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
 
 
 @pytest.fixture(scope="module")
@@ -42,17 +34,8 @@ def planned(monkeypatch):
     return asked
 
 
-def run_main(capsys, *arguments):
-    try:
-        status = main([str(argument) for argument in arguments])
-    except SystemExit as error:  # how tyro ends
-        status = error.code
-    out, err = capsys.readouterr()
-    return status, out, err
-
-
 def test_the_answer_comes_first(capsys, experiment_file, planned):
-    status, out, _ = run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x1")
+    status, out, _ = tiny_run.run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x1")
     assert status == 0
     assert out.startswith(
         "It fits: glm-130b on v5p:2x2x1, 4 chips. A device needs 20.0 of 95.0 GiB"
@@ -64,7 +47,7 @@ def test_the_answer_comes_first(capsys, experiment_file, planned):
 
 def test_what_does_not_fit_says_by_how_much(capsys, experiment_file, planned):
     planned["answer"] = make_plan(needed=120.0, seconds=None)
-    status, out, _ = run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x1")
+    status, out, _ = tiny_run.run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x1")
     assert status == 0
     assert out.startswith("It does not fit: glm-130b on v5p:2x2x1")
     assert "25.0 GiB more than the 95.0 GiB it has" in out
@@ -72,7 +55,7 @@ def test_what_does_not_fit_says_by_how_much(capsys, experiment_file, planned):
 
 
 def test_json_is_one_object(capsys, experiment_file, planned):
-    status, out, _ = run_main(
+    status, out, _ = tiny_run.run_main(
         capsys,
         "plan",
         experiment_file,
@@ -92,7 +75,7 @@ def test_json_is_one_object(capsys, experiment_file, planned):
 
 
 def test_flags_of_train_are_flags_of_plan(capsys, experiment_file, planned):
-    run_main(
+    tiny_run.run_main(
         capsys, "plan", experiment_file, "--topology", "v6e:2x4", "--slices", "2",
         "--mesh.data", "4", "--mesh.tensor", "4", "--mesh.fsdp", "1", "--train.batch-size", "32",
     )  # fmt: skip
@@ -102,16 +85,18 @@ def test_flags_of_train_are_flags_of_plan(capsys, experiment_file, planned):
 
 
 def test_a_mesh_for_other_devices_is_arranged_unless_one_is_given(capsys, experiment_file, planned):
-    _, out, _ = run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x2")
+    _, out, _ = tiny_run.run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x2")
     assert planned["experiment"].mesh.fsdp == 4
     assert "--mesh.fsdp 4" in out
-    run_main(capsys, "plan", experiment_file, "--topology", "v5p:2x2x2", "--mesh.fsdp", "3")
+    tiny_run.run_main(
+        capsys, "plan", experiment_file, "--topology", "v5p:2x2x2", "--mesh.fsdp", "3"
+    )
     assert planned["experiment"].mesh.fsdp == 3
 
 
 def test_serving_has_its_own_flags(capsys, experiment_file, planned):
     planned["answer"] = make_plan(job="decode", rows=8, cache="bfloat16")
-    _, out, _ = run_main(
+    _, out, _ = tiny_run.run_main(
         capsys, "plan", experiment_file, "--topology", "v5p:2x2x1", "--job", "decode",
         "--batch", "8", "--length", "1024", "--prompt", "256", "--quantize", "int4",
     )  # fmt: skip
@@ -126,22 +111,22 @@ def test_the_step_that_needs_more_decides(capsys, experiment_file, planned):
     arguments = "plan", experiment_file, "--topology", "v5p:2x2x1", "--job", "decode"
     planned["answer"] = make_plan(20.0, job="decode", rows=8, cache="bfloat16")
     planned["prefill"] = make_plan(30.0, seconds=0.125, job="prefill", prompt=256)
-    _, out, _ = run_main(capsys, *arguments)
+    _, out, _ = tiny_run.run_main(capsys, *arguments)
     assert "A device needs 30.0 of 95.0 GiB" in out
     assert "4 at a time, up to 256 tokens" in out and "125 ms" in out
-    _, out, _ = run_main(capsys, *arguments, "--json")
+    _, out, _ = tiny_run.run_main(capsys, *arguments, "--json")
     values = json.loads(out)
     assert values["fits"] and values["memory"]["arguments"] == GIB
     assert values["prefill"]["prompt"] == 256 and values["prefill"]["margin"] == 65 * GIB
     planned["prefill"] = make_plan(100.0, seconds=None, job="prefill", prompt=256)
-    assert run_main(capsys, *arguments)[1].startswith("It does not fit")
-    assert not json.loads(run_main(capsys, *arguments, "--json")[1])["fits"]
+    assert tiny_run.run_main(capsys, *arguments)[1].startswith("It does not fit")
+    assert not json.loads(tiny_run.run_main(capsys, *arguments, "--json")[1])["fits"]
 
 
 @pytest.mark.parametrize("name", list_configs())
 def test_a_published_model_needs_no_experiment(name, capsys, planned):
     planned["answer"] = make_plan(job="decode", rows=1, cache="bfloat16")
-    status, _, _ = run_main(
+    status, _, _ = tiny_run.run_main(
         capsys, "plan", name, "--topology", "v5e:1x1", "--job", "decode", "--batch", "1"
     )
     assert status == 0
@@ -152,7 +137,7 @@ def test_a_published_model_needs_no_experiment(name, capsys, planned):
 @pytest.mark.parametrize("arguments", [("chatglm-6b",), ("file", "--quantize", "int8")])
 def test_what_is_for_serving_alone(arguments, capsys, experiment_file, planned):
     name, *others = (experiment_file if x == "file" else x for x in arguments)
-    status, _, err = run_main(capsys, "plan", name, "--topology", "v5p:2x2x1", *others)
+    status, _, err = tiny_run.run_main(capsys, "plan", name, "--topology", "v5p:2x2x1", *others)
     assert status == 1 and "are for --job decode" in err
     assert planned["jobs"] == []
 
@@ -169,7 +154,7 @@ def test_a_search_shows_what_fits_and_the_best(capsys, experiment_file, monkeypa
         return [Found(experiment, make_plan(seconds=s)) for s in (1.0, 2.0)]
 
     monkeypatch.setattr(glmjax.planning.search, "search", search)
-    status, out, err = run_main(capsys, "plan", experiment_file, *arguments)
+    status, out, err = tiny_run.run_main(capsys, "plan", experiment_file, *arguments)
     assert status == 0
     assert "12 candidates" in err
     assert "the fastest first" in out and "50.0%" in out and "It fits" in out
@@ -206,7 +191,7 @@ def test_a_search_shows_what_fits_and_the_best(capsys, experiment_file, monkeypa
     ],
 )
 def test_mistakes_are_one_sentence(capsys, experiment_file, arguments, sentence):
-    status, out, err = run_main(capsys, "plan", experiment_file, *arguments)
+    status, out, err = tiny_run.run_main(capsys, "plan", experiment_file, *arguments)
     assert (status, out) == (1, "")
     assert err.startswith("glmjax plan: ") and sentence in err
     assert err.count("\n") == 1
@@ -214,7 +199,7 @@ def test_mistakes_are_one_sentence(capsys, experiment_file, arguments, sentence)
 
 def test_without_libtpu_it_says_what_to_install(capsys, experiment_file, monkeypatch, tmp_path):
     monkeypatch.setattr("glmjax.planning.topologies.find_spec", lambda name: None)
-    status, _, err = run_main(
+    status, _, err = tiny_run.run_main(
         capsys, "plan", experiment_file, "--topology", "v5p:2x2x1", "--data.cache", tmp_path
     )
     assert status == 1
@@ -224,7 +209,7 @@ def test_without_libtpu_it_says_what_to_install(capsys, experiment_file, monkeyp
 
 
 def test_help_has_examples(capsys):
-    status, out, _ = run_main(capsys, "plan", "--help")
+    status, out, _ = tiny_run.run_main(capsys, "plan", "--help")
     assert status == 0
     assert "glmjax plan experiments/glm_130b.py --topology v5p:8x8x16" in out
     assert "--mesh.tensor" in out

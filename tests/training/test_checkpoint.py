@@ -207,7 +207,9 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [delete, truncate, flip_a_bit])
+@pytest.mark.parametrize(
+    "damage", [flip_a_bit, *(pytest.param(d, marks=pytest.mark.slow) for d in (delete, truncate))]
+)
 def test_damage_to_any_file_is_reported_and_the_previous_step_used(run, state, caplog, damage):
     folder = run / "checkpoints/2"
     for file in [path for path in folder.rglob("*") if path.is_file()]:

@@ -72,6 +72,7 @@ def continued(tiny_experiment, tiny_summary, tmp_path) -> Experiment:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_continued_run_says_records_and_follows_its_changes(
     continued, tiny_experiment, tmp_path, caplog
 ):

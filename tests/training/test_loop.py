@@ -141,7 +141,13 @@ def test_finished_run_started_again_stays_as_it_is(copied, tiny_summary):
     assert [(run / name).read_bytes() for name in names] == before
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "number",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
+    ],
+)
 def test_run_stopped_by_a_signal_goes_on_bit_for_bit(trained, tmp_path, stop_at, number):
     experiment = changed(trained, tmp_path / "run")
     handler = signal.getsignal(number)
@@ -270,7 +276,10 @@ def test_ramp_grows_the_batch(trained, tmp_path):
     assert summary.tokens == 120 * 64
 
 
-@pytest.mark.parametrize("begin", [0, 3], ids=["whole", "resumed-inside"])
+@pytest.mark.parametrize(
+    "begin",
+    [pytest.param(0, id="whole", marks=pytest.mark.slow), pytest.param(3, id="resumed-inside")],
+)
 def test_profile_writes_a_trace(trained, tmp_path, begin):
     run = tmp_path / "run"
     if begin:

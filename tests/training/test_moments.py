@@ -116,4 +116,7 @@ def test_moments_on_the_host_train_the_same():
     state = abstract_state(config, make_mesh(config.mesh))
     kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer[0].mu)}
     assert kinds == {"pinned_host"}
-    assert losses("float32", steps=5, offload=True) == losses("float32", steps=5)
+    # Two programs, which the compiler may fuse and round in other places.
+    np.testing.assert_allclose(
+        losses("float32", steps=5, offload=True), losses("float32", steps=5), rtol=2.0**-20
+    )

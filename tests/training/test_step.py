@@ -166,26 +166,35 @@ MESHES = [
     for sizes in itertools.product((1, 2, 4, 8), repeat=len(AXES))
     if math.prod(sizes) <= jax.device_count()
 ]
-FEW = [(8, 1, 1, 1), (1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 4, 1)]
+FEW = [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2)]
+SPLIT, WHOLE = 0, 2**30
+"""Bytes above which the loss splits its words over the devices."""
+
+
+def mesh_case(sizes, table_bytes, fast):
+    name = "-".join(f"{a}{n}" for a, n in zip(AXES, sizes, strict=True) if n > 1) or "one"
+    words = "split" if table_bytes == SPLIT else "whole"
+    return pytest.param(
+        sizes, table_bytes, id=f"{name}-{words}", marks=() if fast else pytest.mark.slow
+    )
 
 
 @pytest.mark.parametrize(
-    "sizes",
-    [pytest.param(s, marks=() if s in FEW else pytest.mark.slow) for s in MESHES],
-    ids=lambda sizes: (
-        "-".join(f"{a}{n}" for a, n in zip(AXES, sizes, strict=True) if n > 1) or "one"
-    ),
+    ("sizes", "table_bytes"),
+    [
+        *(mesh_case(sizes, SPLIT, fast=sizes in FEW) for sizes in MESHES),
+        *(mesh_case(sizes, WHOLE, fast=sizes == FEW[1]) for sizes in FEW),
+    ],
 )
-@pytest.mark.parametrize("table_bytes", [0, 2**30], ids=["split-table", "whole-table"])
 def test_meshes_agree(start, reference, sizes, table_bytes, monkeypatch):
-    """Every way to arrange up to eight devices, with either way to spread the words of the loss."""
+    """Every way to arrange up to eight devices, and both ways to spread the words of the loss."""
     monkeypatch.setattr(loss, "TABLE_BYTES", table_bytes)
     jax.clear_caches()
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: math.prod(sizes)])
     assert_close(run_step(start, make_batch(), mesh), reference)
 
 
-@pytest.mark.parametrize("microbatches", [2, 4])
+@pytest.mark.parametrize("microbatches", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_microbatches_agree(start, reference, microbatches):
     assert_close(run_step(start, make_batch(), microbatches=microbatches), reference)
 
@@ -261,7 +270,7 @@ def test_embedding_gradient_scale_shrinks_exactly_the_word_embedding(start):
 
 
 def test_scheduled_embedding_gradient_scale_takes_the_place_of_the_models(start):
-    """Powers of two, so that scaling the gradient twice gives the same bits as scaling it once."""
+    """Powers of two, so that two scalings are one, but for what two programs fuse and round apart."""
 
     def untied(params):
         return dataclasses.replace(params, output_embedding=params.word_embedding)
@@ -281,7 +290,11 @@ def test_scheduled_embedding_gradient_scale_takes_the_place_of_the_models(start)
         return run_step(state, make_batch(), experiment=experiment, **arguments)
 
     quarter = run(0.25)
-    assert_same_bits(run(0.5, ((0, 0, 0.25),), scale=0.25), quarter)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2.0**-20, atol=1e-12),
+        run(0.5, ((0, 0, 0.25),), scale=0.25),
+        quarter,
+    )
     unscaled = run(0.5, ((0, 0, 0.25),), scale=0.5)
     assert unscaled[1].embedding_gradient_norm == 2 * quarter[1].embedding_gradient_norm
 

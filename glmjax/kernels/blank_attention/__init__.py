@@ -2,7 +2,7 @@
 
 `attend` is the one entry. Each implementation is a module of its own with a function
 `attend(q_BTHK, k_BSHK, v_BSHK, k_start_BT, k_end_BT, seeds_BH2, dropout)`; `reference` is the
-meaning of all of them.
+meaning of all of them. Those in plain XLA take ALiBi's positions and the type of the softmax too.
 """
 
 import functools
@@ -11,7 +11,8 @@ import logging
 
 import jax
 
-from glmjax.config import AttentionImplementation
+from glmjax.config import AttentionImplementation, Dtype
+from glmjax.kernels.blank_attention.alibi import Positions
 from glmjax.kernels.blank_attention.dropout import head_seeds
 from glmjax.kernels.blank_attention.gpu import compute_capability
 from glmjax.sharding import named_sharding, per_device, target_device
@@ -32,24 +33,38 @@ def attend(
     dropout: float = 0.0,
     *,
     implementation: AttentionImplementation = "auto",
+    positions: Positions | None = None,
+    softmax_dtype: Dtype = "float32",
 ) -> jax.Array:
     """Attention output [B, T, H, K], by the implementation of that name.
 
     "auto" takes the one made for the platform and says in the log which. Under a mesh every device
     works on its rows and heads. Weights are dropped with probability `dropout` if a key is given.
+    With positions scores fall with the distance between query and key (ALiBi). What the softmax
+    computes is rounded to its type.
 
     Raises:
-        ValueError: the implementation does not exist on this platform, or a mesh axis does not
-            divide the rows or heads.
+        ValueError: the implementation does not exist on this platform or lacks what is asked for,
+            or a mesh axis does not divide the rows or heads.
     """
     require_platform(implementation)
+    needs_xla = positions is not None or softmax_dtype != "float32"
     if implementation == "auto":
-        implementation = _automatic(platform(), q_BTHK.dtype.name, q_BTHK.shape[-1], dropout)
+        implementation = _automatic(
+            platform(), q_BTHK.dtype.name, q_BTHK.shape[-1], dropout, needs_xla
+        )
     kernel = importlib.import_module(f"glmjax.kernels.blank_attention.{implementation}").attend
     seeds_BH2, rate = None, 0.0
     if dropout_key is not None and dropout:
         seeds_BH2, rate = head_seeds(dropout_key, q_BTHK.shape[0], q_BTHK.shape[2]), dropout
     arrays = q_BTHK, k_BSHK, v_BSHK, k_start_BT, k_end_BT, seeds_BH2
+    if needs_xla:
+        if implementation not in _XLA:
+            raise ValueError(
+                f"attention {implementation!r} has neither ALiBi nor a bfloat16 softmax; "
+                "'reference' and 'blockwise' have"
+            )
+        return kernel(*arrays, rate, positions, softmax_dtype)
     if implementation in _XLA or jax.sharding.get_abstract_mesh().size <= 1:
         return kernel(*arrays, rate)
     return _sharded(functools.partial(kernel, dropout=rate), *arrays)
@@ -74,12 +89,16 @@ def uses_tpu(implementation: AttentionImplementation) -> bool:
 
 @functools.cache
 def _automatic(
-    platform: str, dtype: str, head_size: int, dropout: float
+    platform: str, dtype: str, head_size: int, dropout: float, needs_xla: bool = False
 ) -> AttentionImplementation:
     """The implementation made for a platform; cached, so that the log says each choice once."""
-    chosen: AttentionImplementation = "tpu" if platform == "tpu" else "blockwise"
+    chosen: AttentionImplementation = "blockwise"
     refusals = []
-    if platform == "gpu":
+    if needs_xla:
+        refusals.append("ALiBi and a bfloat16 softmax are in plain XLA alone")
+    elif platform == "tpu":
+        chosen = "tpu"
+    elif platform == "gpu":
         # The order of preference: tokamax skips hidden keys, cuDNN does not.
         candidates: tuple[AttentionImplementation, ...] = "tokamax", "cudnn"
         for name in candidates:

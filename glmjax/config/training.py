@@ -1,289 +1,12 @@
-"""Every setting of glmjax, as frozen dataclasses.
-
-A model is described by `GLMConfig`, a training run by `Experiment`. Both check themselves when they
-are made, so a wrong combination fails before any array exists. The text under a field is also what
-`glmjax train --help` prints.
-"""
+"""A training run: objective, data, optimizer, devices and the loop."""
 
 import dataclasses
-import difflib
 import itertools
-import math
-import re
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_type_hints
+from typing import Literal
 
-Positions = Literal["learned_2d", "rope_1d", "rope_2d", "rope_half"]
-Norm = Literal["pre", "deepnorm", "rmsnorm"]
-FeedForward = Literal["gelu", "geglu", "swiglu"]
-Dtype = Literal["float32", "bfloat16"]
-AttentionImplementation = Literal["auto", "reference", "blockwise", "tpu", "tokamax", "cudnn"]
-Remat = Literal["none", "matmuls", "ffn", "attention", "block"]
-Saved = Literal["qkv", "attention", "attention_out", "ffn_in", "ffn_out"]
-Kernel = Literal["qkv", "attention_out", "ffn_in", "ffn_out"]
-
-Config = TypeVar("Config")
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Token ids with a meaning of their own. A vocabulary without an id holds None there."""
-
-    mask: int
-    """[MASK], a blank of a few tokens."""
-    sop: int
-    """Start of piece: the first input of every filled blank."""
-    eop: int
-    """End of piece: the last target of every filled blank."""
-    eos: int
-    """End of document."""
-    pad: int
-    """Fills the end of short rows."""
-    smask: int | None = None
-    """[sMASK], a blank of whole sentences."""
-    gmask: int | None = None
-    """[gMASK], a blank of a long continuation."""
-    cls: int | None = None
-    """[CLS] (ENC), prepended to every document by GLM 110M-10B."""
-    dblock: int | None = None
-    """[dBLOCK], the noise token of part B."""
-
-    @property
-    def masks(self) -> tuple[int, ...]:
-        """The ids that open a blank."""
-        return tuple(i for i in (self.mask, self.smask, self.gmask) if i is not None)
-
-
-@dataclass(frozen=True)
-class Quantization:
-    """Matrices as integers with a scale per output (GLM-130B section 4)."""
-
-    bits: Literal[4, 8]
-    """Width of an integer; two of 4 bits share a byte."""
-    shards: int = 1
-    """attention_out and ffn_out have scales for each of so many equal parts of their inputs:
-    GLM-130B's shards were quantised one by one."""
-    scheme: Literal["absmax", "zeropoint"] = "absmax"
-    """absmax: integers are centred on 0, as in the published models. zeropoint: on the middle of the
-    weights that share a scale (GLM-130B equations 9 to 11)."""
-    group_size: int | None = None
-    """So many inputs that follow each other share a scale; None: all. In attention_out whole heads."""
-    kernels: tuple[Kernel, ...] = ("qkv", "attention_out", "ffn_in", "ffn_out")
-    """Matrices of a block that become integers; qkv: all for queries, keys and values."""
-    embeddings: bool = False
-    """Word embedding and output layer become integers too, with scales for each word."""
-    float_layers: tuple[int, ...] = ()
-    """Blocks, from 0, that stay floats."""
-
-    def __post_init__(self) -> None:
-        if self.bits not in (4, 8):
-            raise ValueError(f"quantization.bits must be 4 or 8, got {self.bits}")
-        _require_positive(self, "shards", "quantization.")
-        if self.scheme not in ("absmax", "zeropoint"):
-            raise ValueError(
-                f"quantization.scheme must be 'absmax' or 'zeropoint', got {self.scheme!r}"
-            )
-        if self.group_size is not None:
-            _require_positive(self, "group_size", "quantization.")
-        unknown = sorted(set(self.kernels) - set(get_args(Kernel)))
-        if unknown:
-            raise ValueError(
-                f"quantization.kernels takes {', '.join(get_args(Kernel))}, got {unknown[0]!r}"
-            )
-        if not (self.kernels or self.embeddings):
-            raise ValueError("quantization needs kernels or embeddings")
-        # Sets, whatever their order: equal configurations compare equal.
-        ordered = tuple(kernel for kernel in get_args(Kernel) if kernel in self.kernels)
-        object.__setattr__(self, "kernels", ordered)
-        object.__setattr__(self, "float_layers", tuple(sorted(set(self.float_layers))))
-
-    def groups(self, kernel: Kernel | Literal["embeddings"], inputs: int) -> int:
-        """How many parts of so many inputs of a kernel have a scale each."""
-        if self.group_size is not None:
-            return inputs // self.group_size
-        return self.shards if kernel in ("attention_out", "ffn_out") else 1
-
-
-@dataclass(frozen=True)
-class GLMConfig:
-    """One transformer for all families: GLM 110M-10B, GLM-130B, ChatGLM-6B and its successors."""
-
-    name: str = "custom"
-    """Name of the preset, for logs and checkpoints."""
-    num_layers: int = 12
-    """Number of transformer blocks (N)."""
-    hidden_size: int = 768
-    """Width of the residual stream (D)."""
-    num_heads: int = 12
-    """Attention heads (H); the head size K is hidden_size / num_heads."""
-    num_kv_heads: int | None = None
-    """Heads of keys and values (G), each shared by H / G heads of queries; None: H."""
-    ffn_size: int = 3072
-    """Inner width of the feed-forward layer (F); for geglu and swiglu the width of each half."""
-    vocab_size: int = 30592
-    """Rows of the word embedding (V), padding included."""
-    max_positions: int = 512
-    """Longest position id; the learned tables have one row more."""
-    positions: Positions = "learned_2d"
-    """learned_2d: two added tables (GLM). rope_1d: rotary (GLM-130B). rope_2d: rotary, one half of
-    each head by position and one by block position (ChatGLM-6B). rope_half: rotary, the first half
-    of each head alone, neighbours as pairs (ChatGLM2-6B to GLM-4)."""
-    norm: Norm = "pre"
-    """pre: LayerNorm before each branch (GLM). deepnorm: the residual is the normalised input times
-    sqrt(2 N) (GLM-130B, ChatGLM-6B). rmsnorm: as pre, with RMSNorm (ChatGLM2-6B to GLM-4)."""
-    ffn: FeedForward = "gelu"
-    """gelu: tanh form. geglu: value * gelu(gate), erf form (GLM-130B). swiglu: silu(gate) * value
-    (ChatGLM2-6B to GLM-4)."""
-    biases: Literal["all", "qkv"] = "all"
-    """Which matrix products of a block have a bias: all, or those for queries, keys and values."""
-    tied_embeddings: bool = True
-    """The output layer is the transposed word embedding."""
-    layer_norm_epsilon: float = 1e-5
-    """Added to the variance in every norm."""
-    rope_base: float = 10000.0
-    """Rotary frequencies are the powers of 1 / rope_base."""
-    rope_frequencies: Literal["float32", "float16"] = "float16"
-    """Precision to which rotary frequencies are rounded; the official GLM-130B and ChatGLM-6B code
-    rounds them to float16."""
-    special_tokens: SpecialTokens | None = None
-    """Special ids of the vocabulary, needed to train and to generate."""
-    prefix_length: int = 0
-    """Learnt keys and values in front of every layer (P-tuning v2); 0: none."""
-    prefix_projection: bool = False
-    """The prefix is made from embeddings by two layers."""
-    quantization: Quantization | None = None
-    """Which matrices are stored as integers, and how; None: none."""
-    initializer_scale: float = 0.02
-    """Standard deviation of the normal initialisers of embeddings and of pre-norm projections."""
-    embedding_dropout: float = 0.1
-    """Dropout after the embeddings, in training."""
-    attention_dropout: float = 0.1
-    """Dropout on attention probabilities, in training."""
-    hidden_dropout: float = 0.1
-    """Dropout on both residual branches, in training."""
-    embedding_gradient_scale: float = 1.0
-    """Embedding gradient shrink alpha (GLM-130B section 2.3): the word embedding's gradient is
-    multiplied by it, the forward pass is unchanged."""
-    dtype: Dtype = "float32"
-    """Type of activations and matrix products; parameters, softmax, norms and loss stay float32."""
-    cache_dtype: Literal["float32", "bfloat16", "int8"] | None = None
-    """Type of cached keys and values; None: that of dtype. int8 has a scale per token and head."""
-    attention: AttentionImplementation = "auto"
-    """auto: the one made for the platform. reference: dense, T x T scores. blockwise: plain XLA that
-    works through key blocks, memory linear in T. tpu: Pallas kernels. tokamax, cudnn: kernels of
-    others for NVIDIA GPUs."""
-    remat: Remat = "matmuls"
-    """What the backward pass recomputes. none: nothing. matmuls: all but matrix products and
-    attention. ffn: the product for queries, keys and values too. attention: all but attention and
-    its output product. block: everything inside each block."""
-    saved: tuple[Saved, ...] = ()
-    """Outputs inside a block that are kept on top of those that `remat` keeps."""
-    offloaded: tuple[Saved, ...] = ()
-    """Kept outputs that wait for the backward pass in the memory of the host."""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "num_layers", "hidden_size", "num_heads", "ffn_size", "vocab_size", "max_positions",
-            "rope_base",
-        ):  # fmt: skip
-            _require_positive(self, name)
-        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
-            rate = getattr(self, name)
-            if not 0 <= rate < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {rate}")
-        if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"num_heads = {self.num_heads} does not divide hidden_size = {self.hidden_size}"
-            )
-        if self.num_kv_heads is not None:
-            _require_positive(self, "num_kv_heads")
-        if self.num_heads % self.kv_heads:
-            raise ValueError(
-                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}"
-            )
-        if self.prefix_length < 0:
-            raise ValueError(f"prefix_length must not be negative, got {self.prefix_length}")
-        if self.prefix_projection and not self.prefix_length:
-            raise ValueError("prefix_projection needs a prefix_length")
-        self._check_quantization()
-        parts = {"learned_2d": 1, "rope_1d": 2, "rope_2d": 4, "rope_half": 4}[self.positions]
-        if self.head_size % parts:
-            raise ValueError(
-                f"positions = {self.positions!r} needs a head size divisible by {parts}, got "
-                f"{self.head_size} (hidden_size {self.hidden_size} / num_heads {self.num_heads})"
-            )
-        if self.remat == "none" and (self.saved or self.offloaded):
-            raise ValueError(
-                f"model.saved = {self.saved} and model.offloaded = {self.offloaded} need another "
-                "model.remat than 'none', which keeps everything on the device"
-            )
-        if self.special_tokens is not None:
-            for token, id in dataclasses.asdict(self.special_tokens).items():
-                if id is not None and not 0 <= id < self.vocab_size:
-                    raise ValueError(
-                        f"special token {token} = {id} is outside vocab_size = {self.vocab_size}"
-                    )
-
-    @property
-    def head_size(self) -> int:
-        """Width of one attention head (K)."""
-        return self.hidden_size // self.num_heads
-
-    @property
-    def kv_heads(self) -> int:
-        """Heads of keys and values (G)."""
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def residual_scale(self) -> float:
-        """DeepNorm's alpha, sqrt(2 N) (GLM-130B section 2.2); 1 for pre-norm."""
-        return math.sqrt(2 * self.num_layers) if self.norm == "deepnorm" else 1.0
-
-    def _check_quantization(self) -> None:
-        if self.quantization is None:
-            return
-        for name in ("num_heads", "ffn_size"):
-            if getattr(self, name) % self.quantization.shards:
-                raise ValueError(
-                    f"quantization.shards = {self.quantization.shards} does not divide {name} = "
-                    f"{getattr(self, name)}"
-                )
-        for name in ("hidden_size", "head_size", "ffn_size"):
-            if self.quantization.bits == 4 and getattr(self, name) % 2:
-                raise ValueError(
-                    f"quantization to 4 bits needs an even {name}, got {getattr(self, name)}"
-                )
-        for layer in self.quantization.float_layers:
-            if not 0 <= layer < self.num_layers:
-                raise ValueError(
-                    f"quantization.float_layers has {layer}, and there are layers 0 to "
-                    f"{self.num_layers - 1}"
-                )
-        self._check_group_size(self.quantization)
-
-    def _check_group_size(self, quantization: Quantization) -> None:
-        size, shards = quantization.group_size, quantization.shards
-        if size is None:
-            return
-        kernels = quantization.kernels
-        inputs = {}
-        if kernels != ("ffn_out",):
-            inputs["hidden_size"] = self.hidden_size
-        if "attention_out" in kernels and shards > 1:
-            inputs[f"hidden_size / {shards} shards"] = self.hidden_size // shards
-        if "ffn_out" in kernels:
-            name = f"ffn_size / {shards} shards" if shards > 1 else "ffn_size"
-            inputs[name] = self.ffn_size // shards
-        for name, count in inputs.items():
-            if count % size:
-                raise ValueError(
-                    f"quantization.group_size = {size} does not divide {name} = {count}"
-                )
-        if "attention_out" in kernels and size % self.head_size:
-            raise ValueError(
-                f"quantization.group_size = {size} is no multiple of the head size "
-                f"{self.head_size}: groups of attention_out are whole heads"
-            )
+from glmjax.config.fields import parse_range, require_positive
+from glmjax.config.model import GLMConfig
 
 
 @dataclass(frozen=True)
@@ -346,8 +69,8 @@ class ObjectiveConfig:
             raise ValueError(
                 f"objective.token = {self.token} and objective.sentence = {self.sentence} exceed 1"
             )
-        _require_positive(self, "mean_span", "objective.")
-        _require_positive(self, "pieces_per_row", "objective.")
+        require_positive(self, "mean_span", "objective.")
+        require_positive(self, "pieces_per_row", "objective.")
 
 
 @dataclass(frozen=True)
@@ -387,7 +110,7 @@ class DataConfig:
     """Ranges of steps whose data is left out, such as 40701:40900 (both ends included)."""
 
     def __post_init__(self) -> None:
-        _require_positive(self, "vocab_size", "data.")
+        require_positive(self, "vocab_size", "data.")
         if self.sequence_length < 16:
             raise ValueError(
                 f"data.sequence_length must be at least 16, got {self.sequence_length}"
@@ -460,7 +183,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epsilon", "clip", "decay"):
-            _require_positive(self, name, "optimizer.")
+            require_positive(self, name, "optimizer.")
         if not 0 <= self.warmup <= self.decay:
             raise ValueError(
                 f"optimizer.warmup = {self.warmup} must lie between 0 and optimizer.decay = {self.decay}"
@@ -532,7 +255,7 @@ class DistributedConfig:
 
     def __post_init__(self) -> None:
         for name in ("start_seconds", "barrier_seconds", "heartbeat_seconds"):
-            _require_positive(self, name, "distributed.")
+            require_positive(self, name, "distributed.")
 
 
 @dataclass(frozen=True)
@@ -587,13 +310,13 @@ class TrainConfig:
             "checkpoint_every", "keep_checkpoints", "exploding_ratio", "max_skipped",
             "local_checkpoint_every",
         ):  # fmt: skip
-            _require_positive(self, name, "train.")
+            require_positive(self, name, "train.")
         if "://" in self.run:
             raise ValueError(
                 f"train.run = {self.run!r} is an address, not a folder; mount the bucket on every host"
             )
         if self.microbatch_size is not None:
-            _require_positive(self, "microbatch_size", "train.")
+            require_positive(self, "microbatch_size", "train.")
             if self.batch_size % self.microbatch_size:
                 raise ValueError(
                     f"train.microbatch_size = {self.microbatch_size} does not divide "
@@ -635,7 +358,7 @@ class Experiment:
             raise ValueError(
                 f"data.{field} = {length} exceeds model.max_positions = {model.max_positions}"
             )
-        if (objective.positions == "1d") != (model.positions in ("rope_1d", "rope_half")):
+        if (objective.positions == "1d") != model.positions_1d:
             raise ValueError(
                 f"objective.positions = {objective.positions!r} does not fit model.positions = "
                 f"{model.positions!r}"
@@ -655,84 +378,3 @@ class Experiment:
                 f"objective.multitask = {objective.multitask} does not fit data.multitask = "
                 f"{data.multitask}: give both or neither"
             )
-
-
-def replace(config: Config, **changes: Any) -> Config:
-    """A copy of a configuration with some fields changed; dots reach into nested ones.
-
-    `replace(experiment, **{"train.steps": 10})` is what `--train.steps 10` does.
-
-    Raises:
-        ValueError: a field is unknown; the nearest known one is named.
-    """
-    nested: dict[str, dict[str, Any]] = {}
-    for path, value in changes.items():
-        head, _, rest = path.partition(".")
-        names = [f.name for f in dataclasses.fields(config)]  # type: ignore[arg-type]
-        if head not in names:
-            near = difflib.get_close_matches(head, names, n=1, cutoff=0)[0]
-            raise ValueError(
-                f"{type(config).__name__} has no field {head!r}; the nearest is {near!r}"
-            )
-        if rest:
-            nested.setdefault(head, {})[rest] = value
-        else:
-            nested[head] = {"": value}
-    values = {
-        head: inner[""] if "" in inner else replace(getattr(config, head), **inner)
-        for head, inner in nested.items()
-    }
-    return dataclasses.replace(config, **values)  # type: ignore[type-var]
-
-
-def config_to_json(config: Any) -> dict[str, Any]:
-    """A configuration as nested dictionaries, ready for `json.dumps`."""
-    return dataclasses.asdict(config)
-
-
-def config_from_json(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The configuration that `config_to_json` wrote; fields it lacks take their defaults.
-
-    Raises:
-        ValueError: a field is unknown, or one without a default is missing.
-    """
-    hints = get_type_hints(kind)
-    unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ValueError(f"{kind.__name__} has no field {', '.join(map(repr, unknown))}")
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    required = [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING]
-    missing = sorted(set(required) - set(values))
-    if missing:
-        raise ValueError(f"{kind.__name__} lacks the field {', '.join(map(repr, missing))}")
-
-    def parse(hint: Any, value: Any) -> Any:
-        nested: Any = next(filter(dataclasses.is_dataclass, (hint, *get_args(hint))), None)
-        if nested is not None and value is not None:
-            return config_from_json(nested, value)
-        return _as_tuple(value)
-
-    return kind(**{name: parse(hints[name], value) for name, value in values.items()})
-
-
-def _as_tuple(value: Any) -> Any:
-    """JSON has lists where configurations, which are hashed, have tuples."""
-    return tuple(map(_as_tuple, value)) if isinstance(value, list) else value
-
-
-def parse_range(text: str, name: str) -> tuple[int, int]:
-    """Reads "FIRST:LAST" as two step numbers, both included.
-
-    Raises:
-        ValueError: not of that form, or LAST is before FIRST.
-    """
-    match = re.fullmatch(r"(\d+):(\d+)", text)
-    if match is None or int(match[1]) > int(match[2]):
-        raise ValueError(f"{name} takes FIRST:LAST with FIRST <= LAST, got {text!r}")
-    return int(match[1]), int(match[2])
-
-
-def _require_positive(config: Any, name: str, prefix: str = "") -> None:
-    value = getattr(config, name)
-    if not value > 0:
-        raise ValueError(f"{prefix}{name} must be positive, got {value}")
